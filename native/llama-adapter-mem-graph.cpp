@@ -1,0 +1,279 @@
+// how a memory reaches attention: the graph of softmax([live logits | memory logits])*[live values | memory values]
+
+#include "llama-adapter-mem.h"
+
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+// up to this many tokens a batch is searched query by query, above it the matrix product of the stock path is faster
+static constexpr int64_t MEM_OP_MAX_TOKENS = 16;
+
+// tables below this size are scanned faster than their HNSW graph is walked
+static constexpr int64_t MEM_HNSW_MIN_ENTRIES = 1024;
+
+llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup)
+    : lookup(lookup) {
+    size_t n_layer = 0;
+    for (size_t i = 0; i < n_adapters; i++) {
+        items.push_back({adapters[i], gains[i]});
+        n_layer = std::max(n_layer, adapters[i]->layers.size());
+    }
+    params.resize(n_layer);
+    layers_reached.resize(n_layer);
+}
+
+bool llama_adapter_mems::has_layer(int il) const {
+    for (const auto & item : items) {
+        if (il < (int) item.adapter->layers.size() && !item.adapter->layers[il].empty()) {
+            return true;
+        }
+    }
+    return false;
+}
+
+int64_t llama_adapter_mems::hnsw_min_entries(llama_mem_lookup lookup) {
+    switch (lookup) {
+        case LLAMA_MEM_LOOKUP_HNSW: return 0;
+        case LLAMA_MEM_LOOKUP_SCAN: return INT64_MAX;
+        default:                    return MEM_HNSW_MIN_ENTRIES;
+    }
+}
+
+bool llama_adapter_mems::same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const {
+    if (n_adapters != items.size() || lookup != this->lookup) {
+        return false;
+    }
+    for (size_t i = 0; i < n_adapters; i++) {
+        if (items[i].adapter != adapters[i] || items[i].gain != gains[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void llama_adapter_mems::check_cparams(const llama_cparams & cparams) const {
+    auto differs = [](float a, float b) { return std::fabs(a - b) > 1e-6f*std::fabs(b); };
+
+    if (cparams.embeddings) {
+        throw std::runtime_error("unsupported: a context for embeddings cannot use a memory; create it with embeddings off");
+    }
+    if (!cparams.causal_attn) {
+        throw std::runtime_error("unsupported: a memory needs causal attention");
+    }
+    if (cparams.n_seq_max > 1 && !cparams.kv_unified) {
+        throw std::runtime_error("unsupported: several sequences with separate KV streams; create the context with kv_unified");
+    }
+    for (const auto & item : items) {
+        const auto & mem = *item.adapter;
+        if (differs(cparams.rope_freq_base, mem.rope_freq_base) || differs(cparams.rope_freq_scale, mem.rope_freq_scale)) {
+            throw std::runtime_error(format("unsupported: the context has RoPE base %g and scale %g, the memory was built with %g and %g",
+                cparams.rope_freq_base, cparams.rope_freq_scale, mem.rope_freq_base, mem.rope_freq_scale));
+        }
+        if (cparams.yarn_ext_factor != 0.0f) {
+            throw std::runtime_error("unsupported: YaRN RoPE scaling");
+        }
+    }
+}
+
+void llama_adapter_mems::check_layers_reached() const {
+    for (int il = 0; il < (int) layers_reached.size(); il++) {
+        if (has_layer(il) && !layers_reached[il]) {
+            throw std::runtime_error(format("unsupported: the attention of layer %d of architecture '%s' cannot take a memory",
+                il, items[0].adapter->model->arch_name().c_str()));
+        }
+    }
+}
+
+ggml_tensor * llama_adapter_mems::build_attn(
+        ggml_context * ctx,
+         ggml_tensor * q,
+         ggml_tensor * k,
+         ggml_tensor * v_t,
+         ggml_tensor * kq_mask,
+               float   kq_scale,
+                 int   il) {
+    if (k->ne[3] != 1) {
+        throw std::runtime_error("unsupported: several KV streams");
+    }
+    if (ggml_is_quantized(k->type) || ggml_is_quantized(v_t->type)) {
+        throw std::runtime_error(format("unsupported: a quantized KV cache (%s, %s); use f16, bf16 or f32",
+            ggml_type_name(k->type), ggml_type_name(v_t->type)));
+    }
+
+    bool is_host = true;
+    for (const auto & item : items) {
+        const auto & mem = *item.adapter;
+        if (std::fabs(mem.kq_scale - kq_scale) > 1e-5f*std::fabs(kq_scale)) {
+            throw std::runtime_error(format("unsupported: layer %d scales attention by %g, the memory was built with %g", il, kq_scale, mem.kq_scale));
+        }
+        is_host = is_host && mem.layers[il].is_host;
+    }
+
+    layers_reached[il] = true;
+
+    if (kq_mask->type != GGML_TYPE_F32) {
+        kq_mask = ggml_cast(ctx, kq_mask, GGML_TYPE_F32);
+    }
+
+    bool use_op = is_host;
+    switch (lookup) {
+        case LLAMA_MEM_LOOKUP_AUTO:  use_op = use_op && q->ne[1] <= MEM_OP_MAX_TOKENS; break;
+        case LLAMA_MEM_LOOKUP_STOCK: use_op = false; break;
+        case LLAMA_MEM_LOOKUP_SCAN:
+        case LLAMA_MEM_LOOKUP_HNSW:
+            if (!is_host) {
+                throw std::runtime_error(format("unsupported: layer %d is not on the CPU, which this lookup needs", il));
+            }
+            break;
+    }
+
+    return use_op ? build_attn_op   (ctx, q, k, v_t, kq_mask, kq_scale, il)
+                  : build_attn_stock(ctx, q, k, v_t, kq_mask, kq_scale, il);
+}
+
+// live logits [n_kv, n_tokens, n_head of q], scaled and masked
+static ggml_tensor * mem_build_kq(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale) {
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, q);
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+    kq = ggml_scale(ctx, kq, kq_scale);
+    return ggml_add(ctx, kq, kq_mask);
+}
+
+// the reference: stock ops only, one KV head at a time because heads have tables of different size
+ggml_tensor * llama_adapter_mems::build_attn_stock(
+        ggml_context * ctx,
+         ggml_tensor * q,
+         ggml_tensor * k,
+         ggml_tensor * v_t,
+         ggml_tensor * kq_mask,
+               float   kq_scale,
+                 int   il) const {
+    const int64_t n_tokens  = q->ne[1];
+    const int64_t n_kv      = k->ne[1];
+    const int64_t n_head_kv = k->ne[2];
+    const int64_t n_gqa     = q->ne[2]/n_head_kv;
+    const int64_t n_embd_v  = v_t->ne[1];
+
+    auto rows_of = [&](ggml_tensor * t, const llama_adapter_mem_entries & entries, int64_t h) {
+        return ggml_view_2d(ctx, t, t->ne[0], entries.n(h), t->nb[1], entries.offset[h]*t->nb[1]);
+    };
+    auto bias_of = [&](ggml_tensor * t, const llama_adapter_mem_entries & entries, int64_t h) {
+        return ggml_view_1d(ctx, t, entries.n(h), entries.offset[h]*t->nb[0]);
+    };
+
+    ggml_tensor * res = nullptr;
+
+    for (int64_t h = 0; h < n_head_kv; h++) {
+        ggml_tensor * q_h = ggml_view_3d(ctx, q, q->ne[0], n_tokens, n_gqa, q->nb[1], q->nb[2], h*n_gqa*q->nb[2]);
+        ggml_tensor * k_h = ggml_view_2d(ctx, k, k->ne[0], n_kv, k->nb[1], h*k->nb[2]);
+        ggml_tensor * v_h = ggml_view_2d(ctx, v_t, n_kv, n_embd_v, v_t->nb[1], h*v_t->nb[2]);
+
+        ggml_tensor * logits = mem_build_kq(ctx, q_h, k_h, kq_mask, kq_scale);
+
+        // columns of the softmax beyond the live ones: their values, either one per query or shared by all
+        struct columns {
+            ggml_tensor * value;
+            bool          shared;
+        };
+        std::vector<columns> extra;
+
+        for (const auto & item : items) {
+            for (const auto & segment : item.adapter->layers[il].segments) {
+                if (const int64_t n = segment.centroid.n(h)) {
+                    const auto & e = segment.centroid;
+
+                    ggml_tensor * score = ggml_mul_mat(ctx, rows_of(e.key, e, h), q_h);
+                    ggml_prec_set_acc(score, GGML_PREC_F32);
+                    score = ggml_add(ctx, score, bias_of(e.bias, e, h));
+
+                    ggml_tensor * best  = ggml_argmax(ctx, ggml_reshape_2d(ctx, score, n, n_tokens*n_gqa));
+                    ggml_tensor * value = ggml_get_rows(ctx, rows_of(e.value, e, h), best);
+                    ggml_tensor * lse   = ggml_get_rows(ctx, ggml_reshape_2d(ctx, bias_of(e.lse, e, h), 1, n), best);
+
+                    lse = ggml_scale_bias(ctx, lse, 1.0f, item.gain);
+
+                    logits = ggml_concat(ctx, logits, ggml_reshape_3d(ctx, lse, 1, n_tokens, n_gqa), 0);
+                    extra.push_back({ggml_reshape_3d(ctx, value, n_embd_v, n_tokens, n_gqa), false});
+                }
+                if (segment.anchor.n(h)) {
+                    const auto & e = segment.anchor;
+
+                    ggml_tensor * kq = ggml_mul_mat(ctx, rows_of(e.key, e, h), q_h);
+                    ggml_prec_set_acc(kq, GGML_PREC_F32);
+                    kq = ggml_scale_bias(ctx, kq, kq_scale, item.gain);
+                    kq = ggml_add(ctx, kq, bias_of(e.bias, e, h));
+
+                    logits = ggml_concat(ctx, logits, kq, 0);
+                    extra.push_back({ggml_cont(ctx, ggml_transpose(ctx, rows_of(e.value, e, h))), true});
+                }
+            }
+        }
+
+        ggml_tensor * p = ggml_soft_max(ctx, logits);
+
+        auto columns_of = [&](int64_t first, int64_t n) {
+            return ggml_view_3d(ctx, p, n, n_tokens, n_gqa, p->nb[1], p->nb[2], first*p->nb[0]);
+        };
+
+        ggml_tensor * kqv = ggml_mul_mat(ctx, v_h, columns_of(0, n_kv));
+
+        int64_t first = n_kv;
+        for (const auto & e : extra) {
+            const int64_t n = e.shared ? e.value->ne[0] : 1;
+            ggml_tensor * p_e = columns_of(first, n);
+            kqv = ggml_add(ctx, kqv, e.shared ? ggml_mul_mat(ctx, e.value, p_e) : ggml_mul(ctx, e.value, p_e));
+            first += n;
+        }
+
+        res = res ? ggml_concat(ctx, res, kqv, 2) : kqv;
+    }
+
+    return res;
+}
+
+// the CPU op gives the state of all memories, which joins the softmax as one more column
+ggml_tensor * llama_adapter_mems::build_attn_op(
+        ggml_context * ctx,
+         ggml_tensor * q,
+         ggml_tensor * k,
+         ggml_tensor * v_t,
+         ggml_tensor * kq_mask,
+               float   kq_scale,
+                 int   il) {
+    const int64_t n_tokens = q->ne[1];
+    const int64_t n_head   = q->ne[2];
+    const int64_t n_kv     = k->ne[1];
+    const int64_t n_embd_v = v_t->ne[1];
+
+    params[il] = { this, il, kq_scale, hnsw_min_entries(lookup) };
+
+    ggml_tensor * state = ggml_custom_4d(ctx, GGML_TYPE_F32, n_embd_v + 1, n_head, n_tokens, 1, &q, 1,
+        llama_adapter_mem_op_state, GGML_N_TASKS_MAX, &params[il]);
+
+    ggml_tensor * o   = ggml_view_3d(ctx, state, n_embd_v, n_tokens, n_head, state->nb[2], state->nb[1], 0);
+    ggml_tensor * lse = ggml_view_3d(ctx, state, 1,        n_tokens, n_head, state->nb[2], state->nb[1], n_embd_v*state->nb[0]);
+
+    ggml_tensor * kq = mem_build_kq(ctx, q, k, kq_mask, kq_scale);
+    ggml_tensor * p  = ggml_soft_max(ctx, ggml_concat(ctx, kq, lse, 0));
+
+    ggml_tensor * p_live = ggml_view_3d(ctx, p, n_kv, n_tokens, n_head, p->nb[1], p->nb[2], 0);
+    ggml_tensor * p_mem  = ggml_view_3d(ctx, p, 1,    n_tokens, n_head, p->nb[1], p->nb[2], n_kv*p->nb[0]);
+
+    return ggml_add(ctx, ggml_mul_mat(ctx, v_t, p_live), ggml_mul(ctx, o, p_mem));
+}
+
+uint32_t llama_adapter_mem::get_n_nodes() const {
+    // the stock path needs the most: per KV head about 12 nodes, and about 15 for each segment
+    uint32_t res = 0;
+    for (size_t il = 0; il < layers.size(); il++) {
+        if (!layers[il].empty()) {
+            res += model->hparams.n_head_kv(il)*(16 + 32*layers[il].segments.size());
+        }
+    }
+    return res;
+}

@@ -1,0 +1,539 @@
+// loading a memory: the file is untrusted, every field, offset, type and index is checked before it is used
+
+#include "llama-adapter-mem.h"
+
+#include "llama-arch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include "gguf.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+
+static constexpr uint32_t MEM_FORMAT_VERSION = 1;
+static constexpr uint32_t MEM_MAX_SEGMENTS   = 4096;
+
+//
+// fingerprint of a model that survives quantization
+//
+
+// FNV-1a, 64 bit
+static void mem_hash(uint64_t & hash, const void * data, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        hash = (hash ^ ((const uint8_t *) data)[i])*0x100000001b3ull;
+    }
+}
+
+static constexpr uint64_t MEM_HASH_INIT = 0xcbf29ce484222325ull;
+
+// the norm tensors, which every quantization keeps in F32, by name
+static std::string mem_fingerprint_norms(const llama_model & model) {
+    std::map<std::string, const ggml_tensor *> norms;
+    for (const auto & [name, tensor] : model.tensors_by_name) {
+        const std::string suffix = "norm.weight";
+        if (name.size() >= suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0) {
+            norms[name] = tensor;
+        }
+    }
+
+    uint64_t hash = MEM_HASH_INIT;
+    std::vector<uint8_t> data;
+    for (const auto & [name, tensor] : norms) {
+        data.resize(ggml_nbytes(tensor));
+        ggml_backend_tensor_get(tensor, data.data(), 0, data.size());
+        mem_hash(hash, name.data(), name.size());
+        mem_hash(hash, data.data(), data.size());
+    }
+    return format("%016" PRIx64, hash);
+}
+
+static std::string mem_fingerprint_vocab(const llama_model & model) {
+    uint64_t hash = MEM_HASH_INIT;
+    for (llama_token id = 0; id < (llama_token) model.vocab.n_tokens(); id++) {
+        const char * text = model.vocab.token_get_text(id);
+        mem_hash(hash, text, strlen(text) + 1);
+    }
+    return format("%016" PRIx64, hash);
+}
+
+//
+// the file
+//
+
+namespace {
+
+[[noreturn]] void refuse(const std::string & reason) {
+    throw std::runtime_error(reason);
+}
+
+struct mem_file {
+    gguf_context_ptr gguf;
+    ggml_context_ptr meta;
+
+    const llama_mmap * mapping = nullptr;
+
+    int64_t find(const char * key, gguf_type type) const {
+        const int64_t id = gguf_find_key(gguf.get(), key);
+        if (id < 0) {
+            refuse(format("invalid: the key '%s' is missing", key));
+        }
+        if (gguf_get_kv_type(gguf.get(), id) != type) {
+            refuse(format("invalid: the key '%s' has type %s, expected %s", key,
+                gguf_type_name(gguf_get_kv_type(gguf.get(), id)), gguf_type_name(type)));
+        }
+        return id;
+    }
+
+    uint32_t    u32(const char * key) const { return gguf_get_val_u32(gguf.get(), find(key, GGUF_TYPE_UINT32)); }
+    float       f32(const char * key) const { return gguf_get_val_f32(gguf.get(), find(key, GGUF_TYPE_FLOAT32)); }
+    std::string str(const char * key) const { return gguf_get_val_str(gguf.get(), find(key, GGUF_TYPE_STRING)); }
+
+    std::vector<int32_t> arr_i32(const char * key) const {
+        const int64_t id = find(key, GGUF_TYPE_ARRAY);
+        if (gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_INT32) {
+            refuse(format("invalid: the key '%s' is not an array of i32", key));
+        }
+        const auto * data = (const int32_t *) gguf_get_arr_data(gguf.get(), id);
+        return std::vector<int32_t>(data, data + gguf_get_arr_n(gguf.get(), id));
+    }
+
+    ggml_tensor * tensor(const std::string & name) const {
+        return ggml_get_tensor(meta.get(), name.c_str());
+    }
+
+    // a tensor that must be there, with this shape; a dimension of -1 may be anything
+    ggml_tensor * tensor(const std::string & name, std::initializer_list<ggml_type> types, int64_t ne0, int64_t ne1 = 1) const {
+        ggml_tensor * t = tensor(name);
+        if (!t) {
+            refuse(format("invalid: the tensor '%s' is missing", name.c_str()));
+        }
+        if (std::find(types.begin(), types.end(), t->type) == types.end()) {
+            refuse(format("invalid: the tensor '%s' has type %s", name.c_str(), ggml_type_name(t->type)));
+        }
+        if ((ne0 >= 0 && t->ne[0] != ne0) || (ne1 >= 0 && t->ne[1] != ne1) || t->ne[2] != 1 || t->ne[3] != 1) {
+            refuse(format("invalid: the tensor '%s' has shape [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64 "], expected [%" PRId64 ", %" PRId64 "]",
+                name.c_str(), t->ne[0], t->ne[1], t->ne[2], t->ne[3], ne0 < 0 ? t->ne[0] : ne0, ne1 < 0 ? t->ne[1] : ne1));
+        }
+        return t;
+    }
+
+    const void * data(const ggml_tensor * t) const {
+        const int64_t id = gguf_find_tensor(gguf.get(), t->name);
+        return (const char *) mapping->addr() + gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), id);
+    }
+
+    const int32_t * data_i32(const ggml_tensor * t) const { return (const int32_t *) data(t); }
+};
+
+mem_file mem_open(const char * path, std::unique_ptr<llama_mmap> & mapping) {
+    FILE * fp = ggml_fopen(path, "rb");
+    if (!fp) {
+        refuse(format("unreadable: cannot open '%s': %s", path, strerror(errno)));
+    }
+    std::unique_ptr<FILE, int (*)(FILE *)> guard(fp, fclose);
+
+    char magic[4] = {};
+    if (fread(magic, 1, 4, fp) != 4 || memcmp(magic, GGUF_MAGIC, 4) != 0) {
+        refuse(format("not_a_memory: '%s' is not a GGUF file", path));
+    }
+
+    mem_file file;
+
+    ggml_context * meta = nullptr;
+    file.gguf.reset(gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
+    file.meta.reset(meta);
+    if (!file.gguf) {
+        refuse(format("truncated: the header of '%s' is incomplete or damaged; build or copy the memory again", path));
+    }
+
+    if (!llama_mmap::SUPPORTED) {
+        refuse("unsupported: this platform cannot map files into memory");
+    }
+    llama_file f(path, "rb");
+    mapping = std::make_unique<llama_mmap>(&f);
+    file.mapping = mapping.get();
+
+    const size_t offset = gguf_get_data_offset(file.gguf.get());
+    for (int64_t i = 0; i < gguf_get_n_tensors(file.gguf.get()); i++) {
+        const size_t begin = offset + gguf_get_tensor_offset(file.gguf.get(), i);
+        const size_t size  = gguf_get_tensor_size(file.gguf.get(), i);
+        if (begin < offset || begin + size < begin || begin + size > mapping->size()) {
+            refuse(format("truncated: the tensor '%s' ends at byte %zu, the file has %zu; build or copy the memory again",
+                gguf_get_tensor_name(file.gguf.get(), i), begin + size, mapping->size()));
+        }
+        if (begin % sizeof(float) != 0) {
+            refuse(format("invalid: the tensor '%s' is not aligned", gguf_get_tensor_name(file.gguf.get(), i)));
+        }
+    }
+
+    return file;
+}
+
+void mem_check_model(const mem_file & file, const llama_model & model, llama_adapter_mem & mem) {
+    LLM_KV kv(LLM_ARCH_UNKNOWN);
+
+    // what this file is
+    if (gguf_find_key(file.gguf.get(), kv(LLM_KV_GENERAL_TYPE).c_str()) < 0 || file.str(kv(LLM_KV_GENERAL_TYPE).c_str()) != "adapter" ||
+        gguf_find_key(file.gguf.get(), kv(LLM_KV_ADAPTER_TYPE).c_str()) < 0 || file.str(kv(LLM_KV_ADAPTER_TYPE).c_str()) != "attention_state_memory") {
+        refuse("not_a_memory: the GGUF file is not an attention-state memory");
+    }
+    const uint32_t version = file.u32("attnmem.version");
+    if (version != MEM_FORMAT_VERSION) {
+        refuse(format("version: the memory has format version %u, this build reads version %u", version, MEM_FORMAT_VERSION));
+    }
+
+    // what this model is
+    const auto & hparams = model.hparams;
+    const std::string arch = model.arch_name();
+
+    const char * unsupported =
+        hparams.is_mla()                                  ? "multi-head latent attention" :
+        hparams.use_alibi || hparams.f_max_alibi_bias > 0 ? "ALiBi" :
+        hparams.attn_soft_cap                             ? "soft-capped attention logits" :
+        hparams.swa_type != LLAMA_SWA_TYPE_NONE           ? "sliding-window attention" :
+        llm_arch_is_recurrent(model.arch)                 ? "a recurrent model" :
+        llm_arch_is_hybrid(model.arch)                    ? "a hybrid recurrent model" :
+        llm_arch_is_diffusion(model.arch)                 ? "a diffusion model" :
+        llama_model_has_encoder(&model)                   ? "an encoder" :
+        model.arch == LLM_ARCH_GROK                       ? "soft-capped attention logits" :
+        hparams.rope_type != LLAMA_ROPE_TYPE_NORM && hparams.rope_type != LLAMA_ROPE_TYPE_NEOX ? "positions other than RoPE" : nullptr;
+    if (unsupported) {
+        refuse(format("unsupported: the architecture '%s' has %s, which cannot take a memory", arch.c_str(), unsupported));
+    }
+
+    // whether they belong together
+    auto expect = [&](const char * what, const std::string & memory, const std::string & model_has) {
+        if (memory != model_has) {
+            refuse(format("wrong_model: the memory was built for a model with %s %s, this one has %s", what, memory.c_str(), model_has.c_str()));
+        }
+    };
+    expect("architecture",   file.str(kv(LLM_KV_GENERAL_ARCHITECTURE).c_str()),        arch);
+    expect("block count",    std::to_string(file.u32("attnmem.block_count")),          std::to_string(hparams.n_layer()));
+    for (uint32_t il = 0; il < hparams.n_layer(); il++) {
+        expect("head count",    std::to_string(file.u32("attnmem.attention.head_count")),    std::to_string(hparams.n_head(il)));
+        expect("KV head count", std::to_string(file.u32("attnmem.attention.head_count_kv")), std::to_string(hparams.n_head_kv(il)));
+        expect("key length",    std::to_string(file.u32("attnmem.attention.key_length")),    std::to_string(hparams.n_embd_head_k(il)));
+        expect("value length",  std::to_string(file.u32("attnmem.attention.value_length")),  std::to_string(hparams.n_embd_head_v(il)));
+    }
+    expect("tokenizer fingerprint", file.str("attnmem.fingerprint.vocab"), mem_fingerprint_vocab(model));
+
+    const std::string norms = mem_fingerprint_norms(model);
+    if (file.str("attnmem.fingerprint.norms") != norms) {
+        refuse(format("wrong_finetune: the memory was built for weights with fingerprint %s, this model has %s: another fine-tune of '%s'",
+            file.str("attnmem.fingerprint.norms").c_str(), norms.c_str(), arch.c_str()));
+    }
+
+    mem.kq_scale        = file.f32("attnmem.attention.scale");
+    mem.rope_freq_base  = file.f32("attnmem.rope.freq_base");
+    mem.rope_freq_scale = file.f32("attnmem.rope.freq_scale");
+    if (!std::isfinite(mem.kq_scale) || mem.kq_scale <= 0 || !std::isfinite(mem.rope_freq_base) || !std::isfinite(mem.rope_freq_scale)) {
+        refuse("invalid: a scale is not a finite number");
+    }
+
+    mem.prefix_tokens = file.arr_i32("attnmem.prefix.tokens");
+    for (const llama_token id : mem.prefix_tokens) {
+        if (id < 0 || id >= (llama_token) model.vocab.n_tokens()) {
+            refuse(format("invalid: the prefix has token %d, the vocabulary %u tokens", id, model.vocab.n_tokens()));
+        }
+    }
+}
+
+// a row of F32 or F16 numbers, all finite; -INFINITY is allowed where it means an empty state
+void mem_check_finite(const mem_file & file, const ggml_tensor * t, bool allow_minus_inf = false) {
+    const int64_t n = ggml_nelements(t);
+    bool ok = true;
+    if (t->type == GGML_TYPE_F32) {
+        const float * x = (const float *) file.data(t);
+        for (int64_t i = 0; i < n; i++) {
+            ok &= std::isfinite(x[i]) || (allow_minus_inf && x[i] == -INFINITY);
+        }
+    } else {
+        const uint16_t * x = (const uint16_t *) file.data(t);
+        for (int64_t i = 0; i < n; i++) {
+            ok &= (x[i] & 0x7c00) != 0x7c00;
+        }
+    }
+    if (!ok) {
+        refuse(format("invalid: the tensor '%s' has a value that is not finite", t->name));
+    }
+}
+
+// ascending offsets from 0 to n
+void mem_check_offsets(const char * name, const int32_t * offset, int64_t n_offset, int64_t n) {
+    bool ok = offset[0] == 0 && offset[n_offset - 1] == n;
+    for (int64_t i = 1; i < n_offset; i++) {
+        ok &= offset[i - 1] <= offset[i];
+    }
+    if (!ok) {
+        refuse(format("invalid: the offsets in '%s' do not ascend from 0 to %" PRId64, name, n));
+    }
+}
+
+llama_adapter_mem_entries mem_load_entries(const mem_file & file, const std::string & prefix, const llama_hparams & hparams, int il, bool has_lse) {
+    llama_adapter_mem_entries res;
+    if (!file.tensor(prefix + "key")) {
+        return res;
+    }
+
+    const int64_t n_head_kv = hparams.n_head_kv(il);
+
+    res.key   = file.tensor(prefix + "key",   {GGML_TYPE_F16, GGML_TYPE_F32}, hparams.n_embd_head_k(il), -1);
+    const int64_t n = res.key->ne[1];
+    res.value = file.tensor(prefix + "value", {GGML_TYPE_F16, GGML_TYPE_F32}, hparams.n_embd_head_v(il), n);
+    res.bias  = file.tensor(prefix + "bias",  {GGML_TYPE_F32}, n);
+    mem_check_finite(file, res.key);
+    mem_check_finite(file, res.value);
+    mem_check_finite(file, res.bias);
+    if (has_lse) {
+        res.lse = file.tensor(prefix + "lse", {GGML_TYPE_F32}, n);
+        mem_check_finite(file, res.lse, true);
+    }
+
+    const ggml_tensor * offset = file.tensor(prefix + "offset", {GGML_TYPE_I32}, n_head_kv + 1);
+    mem_check_offsets(offset->name, file.data_i32(offset), n_head_kv + 1, n);
+    res.offset.assign(file.data_i32(offset), file.data_i32(offset) + n_head_kv + 1);
+
+    return res;
+}
+
+llama_adapter_mem_graph mem_load_graph(const mem_file & file, const std::string & prefix, const llama_adapter_mem_entries & entries) {
+    llama_adapter_mem_graph res;
+    if (!file.tensor(prefix + "link0")) {
+        return res;
+    }
+    if (entries.empty()) {
+        refuse(format("invalid: '%slink0' has no entries to link", prefix.c_str()));
+    }
+
+    const int64_t n         = entries.key->ne[1];
+    const int64_t n_head_kv = entries.offset.size() - 1;
+
+    const ggml_tensor * link0 = file.tensor(prefix + "link0", {GGML_TYPE_I32}, -1, n);
+    const ggml_tensor * link  = file.tensor(prefix + "link",  {GGML_TYPE_I32}, -1, -1);
+    const ggml_tensor * upper = file.tensor(prefix + "upper", {GGML_TYPE_I32}, n + 1);
+    const ggml_tensor * entry = file.tensor(prefix + "entry", {GGML_TYPE_I32}, n_head_kv);
+
+    res.link0 = file.data_i32(link0);
+    res.link  = file.data_i32(link);
+    res.upper = file.data_i32(upper);
+    res.entry = file.data_i32(entry);
+    res.m0    = (int32_t) link0->ne[0];
+    res.m     = (int32_t) link->ne[0];
+
+    // without upper levels there is still one row of link, unused, because a GGUF tensor cannot be empty
+    mem_check_offsets(upper->name, res.upper, n + 1, std::clamp<int64_t>(res.upper[n], 0, link->ne[1]));
+
+    for (int64_t h = 0; h < n_head_kv; h++) {
+        const int32_t first = entries.offset[h];
+        const int32_t n_h   = (int32_t) entries.n(h);
+
+        bool ok = n_h == 0 || (res.entry[h] >= 0 && res.entry[h] < n_h);
+
+        const int32_t * begin = res.link0 + (int64_t) first*res.m0;
+        for (int64_t i = 0; i < (int64_t) n_h*res.m0; i++) {
+            ok &= begin[i] >= -1 && begin[i] < n_h;
+        }
+        // a link on level l must lead to an entry that has a level l, or the search would leave the table
+        for (int32_t i = 0; ok && i < n_h; i++) {
+            for (int32_t row = res.upper[first + i]; row < res.upper[first + i + 1]; row++) {
+                const int32_t level = row - res.upper[first + i];
+                for (int32_t j = 0; j < res.m; j++) {
+                    const int32_t to = res.link[(int64_t) row*res.m + j];
+                    ok &= to == -1 || (to >= 0 && to < n_h && res.upper[first + to + 1] - res.upper[first + to] > level);
+                }
+            }
+        }
+        if (!ok) {
+            refuse(format("invalid: a link of the graph '%s' of head %" PRId64 " leaves its table", link0->name, h));
+        }
+    }
+
+    return res;
+}
+
+} // namespace
+
+void llama_adapter_mem::load(const char * path) {
+    const mem_file file = mem_open(path, mapping);
+
+    mem_check_model(file, *model, *this);
+
+    const uint32_t n_segments = file.u32("attnmem.segment.count");
+    if (n_segments < 1 || n_segments > MEM_MAX_SEGMENTS) {
+        refuse(format("invalid: %u segments, expected 1 to %u", n_segments, MEM_MAX_SEGMENTS));
+    }
+    const std::vector<int32_t> segment_offset = file.arr_i32("attnmem.segment.offset");
+    if (segment_offset.size() != n_segments + 1) {
+        refuse(format("invalid: 'attnmem.segment.offset' has %zu values, expected %u", segment_offset.size(), n_segments + 1));
+    }
+    mem_check_offsets("attnmem.segment.offset", segment_offset.data(), n_segments + 1, prefix_tokens.size());
+
+    const auto & hparams = model->hparams;
+
+    size_t n_tensors = 0;
+
+    layers.resize(hparams.n_layer());
+    for (uint32_t is = 0; is < n_segments; is++) {
+        for (uint32_t il = 0; il < hparams.n_layer(); il++) {
+            const std::string prefix = format("seg.%u.blk.%u.", is, il);
+
+            llama_adapter_mem_segment segment;
+            segment.centroid = mem_load_entries(file, prefix + "centroid.", hparams, il, true);
+            segment.graph    = mem_load_graph  (file, prefix + "centroid.", segment.centroid);
+            segment.anchor   = mem_load_entries(file, prefix + "anchor.",   hparams, il, false);
+
+            n_tensors += (segment.centroid.empty() ? 0 : 5) + (segment.graph.link0 ? 4 : 0) + (segment.anchor.empty() ? 0 : 4);
+
+            if (!segment.centroid.empty() || !segment.anchor.empty()) {
+                layers[il].segments.push_back(std::move(segment));
+            }
+        }
+    }
+    if (n_tensors != (size_t) gguf_get_n_tensors(file.gguf.get())) {
+        refuse(format("invalid: the memory has %" PRId64 " tensors, of which only %zu are known to this build; it may need a newer one",
+            gguf_get_n_tensors(file.gguf.get()), n_tensors));
+    }
+
+    // place the tables: in the mapped file where the CPU computes the layer, in a buffer of its device elsewhere
+    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
+    auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
+        auto it = ctx_map.find(buft);
+        if (it == ctx_map.end()) {
+            ggml_context * ctx = ggml_init({ (n_tensors + 1)*ggml_tensor_overhead(), nullptr, true });
+            if (!ctx) {
+                refuse("out_of_memory: cannot allocate the tensors of the memory");
+            }
+            ctxs.emplace_back(ctx);
+            it = ctx_map.emplace(buft, ctx).first;
+        }
+        return it->second;
+    };
+
+    ggml_backend_buffer_type_t buft_host = ggml_backend_cpu_buffer_type();
+
+    std::vector<std::pair<ggml_tensor *, const void *>> placed; // tensor, where its data is in the file
+    for (uint32_t il = 0; il < layers.size(); il++) {
+        ggml_backend_buffer_type_t buft = model->select_buft(il);
+        layers[il].is_host = ggml_backend_buft_is_host(buft);
+        if (layers[il].is_host) {
+            buft = buft_host;
+        }
+        for (auto & segment : layers[il].segments) {
+            for (auto * entries : { &segment.centroid, &segment.anchor }) {
+                for (auto ** t : { &entries->key, &entries->bias, &entries->value, &entries->lse }) {
+                    if (*t) {
+                        ggml_tensor * copy = ggml_dup_tensor(ctx_for_buft(buft), *t);
+                        ggml_set_name(copy, (*t)->name);
+                        placed.emplace_back(copy, file.data(*t));
+                        *t = copy;
+                    }
+                }
+            }
+        }
+    }
+    for (auto & [buft, ctx] : ctx_map) {
+        const bool in_place = buft == buft_host;
+
+        ggml_backend_buffer_t buf = in_place ?
+            ggml_backend_cpu_buffer_from_ptr(mapping->addr(), mapping->size()) :
+            ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
+        if (!buf) {
+            refuse(format("out_of_memory: cannot allocate a buffer for the memory on %s", ggml_backend_buft_name(buft)));
+        }
+        bufs.emplace_back(buf);
+        ggml_backend_buffer_set_usage(buf, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
+    for (auto & [t, data] : placed) {
+        if (t->buffer) {
+            ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+        } else {
+            ggml_backend_tensor_alloc(bufs[std::distance(ctx_map.begin(), ctx_map.find(buft_host))].get(), t, const_cast<void *>(data));
+        }
+    }
+
+    // scalar metadata for llama_adapter_mem_meta_*
+    for (int64_t i = 0; i < gguf_get_n_kv(file.gguf.get()); i++) {
+        if (gguf_get_kv_type(file.gguf.get(), i) != GGUF_TYPE_ARRAY) {
+            gguf_kv.emplace(gguf_get_key(file.gguf.get(), i), gguf_kv_to_str(file.gguf.get(), i));
+        }
+    }
+
+    LLAMA_LOG_INFO("%s: loaded %zu tensors, %.2f MiB, for a prefix of %zu tokens\n", __func__,
+        n_tensors, mapping->size()/1024.0/1024.0, prefix_tokens.size());
+}
+
+//
+// interface
+//
+
+static void mem_set_error(char * err, size_t err_size, const char * what) {
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, what);
+    if (err && err_size > 0) {
+        snprintf(err, err_size, "%s", what);
+    }
+}
+
+llama_adapter_mem * llama_adapter_mem_init(llama_model * model, const char * path_mem, char * err, size_t err_size) {
+    auto adapter = std::make_unique<llama_adapter_mem>(model);
+
+    try {
+        adapter->load(path_mem);
+    } catch (const std::exception & e) {
+        mem_set_error(err, err_size, e.what());
+        return nullptr;
+    }
+
+    model->mems.insert(adapter.get());
+
+    return adapter.release();
+}
+
+void llama_adapter_mem_free(llama_adapter_mem * adapter) {
+    if (adapter == nullptr) {
+        return;
+    }
+    adapter->model->mems.erase(adapter);
+    delete adapter;
+}
+
+int32_t llama_adapter_mem_meta_val_str(const llama_adapter_mem * adapter, const char * key, char * buf, size_t buf_size) {
+    const auto it = adapter->gguf_kv.find(key);
+    if (it == adapter->gguf_kv.end()) {
+        if (buf_size > 0) {
+            buf[0] = '\0';
+        }
+        return -1;
+    }
+    return snprintf(buf, buf_size, "%s", it->second.c_str());
+}
+
+uint64_t llama_adapter_mem_n_prefix_tokens(const llama_adapter_mem * adapter) {
+    return adapter->prefix_tokens.size();
+}
+
+const llama_token * llama_adapter_mem_prefix_tokens(const llama_adapter_mem * adapter) {
+    return adapter->prefix_tokens.data();
+}
+
+int32_t llama_set_adapters_mem(
+            llama_context * ctx,
+        llama_adapter_mem ** adapters,
+                  size_t   n_adapters,
+                   float * gains,
+        llama_mem_lookup   lookup,
+                    char * err,
+                  size_t   err_size) {
+    try {
+        ctx->set_adapters_mem(adapters, n_adapters, gains, lookup);
+    } catch (const std::exception & e) {
+        mem_set_error(err, err_size, e.what());
+        return -1;
+    }
+    return 0;
+}

@@ -1,0 +1,147 @@
+#pragma once
+
+#include "llama.h"
+#include "llama-mmap.h"
+
+#include "ggml-cpp.h"
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+struct llama_cparams;
+
+//
+// llama_adapter_mem - attention-state memory
+//
+// A memory stands for a prefix that is not in the context. For a query q of one head it gives the attention state
+// (o, lse) of that prefix, which is merged with the attention over the live tokens by the online softmax.
+// File format: docs/memory-format.md
+//
+
+// the entries of one kind in one segment of one layer; the KV heads lie one after another
+struct llama_adapter_mem_entries {
+    ggml_tensor * key   = nullptr; // [n_embd_head_k, n]
+    ggml_tensor * bias  = nullptr; // [n]
+    ggml_tensor * value = nullptr; // [n_embd_head_v, n]
+    ggml_tensor * lse   = nullptr; // [n], centroids only
+
+    std::vector<int32_t> offset;   // [n_head_kv + 1], head h owns the entries offset[h] .. offset[h + 1] - 1
+
+    bool empty() const { return offset.empty(); }
+
+    int64_t n(int64_t h) const { return empty() ? 0 : offset[h + 1] - offset[h]; }
+};
+
+// a HNSW graph over the centroids of one segment of one layer, used in place; all ids are local to their head
+struct llama_adapter_mem_graph {
+    const int32_t * link0 = nullptr; // [n][m0]     neighbours on level 0, -1 fills the rest
+    const int32_t * link  = nullptr; // [n_upper][m] neighbours on the levels above
+    const int32_t * upper = nullptr; // [n + 1]     entry i has the rows upper[i] .. upper[i + 1] - 1 of link, level 1 first
+    const int32_t * entry = nullptr; // [n_head_kv] where the search of a head begins
+
+    int32_t m0 = 0;
+    int32_t m  = 0;
+};
+
+struct llama_adapter_mem_segment {
+    llama_adapter_mem_entries centroid; // the entry with the largest key*q + bias gives its state (value, lse)
+    llama_adapter_mem_graph   graph;    // optional
+    llama_adapter_mem_entries anchor;   // attended: logits kq_scale*key*q + bias
+};
+
+struct llama_adapter_mem_layer {
+    std::vector<llama_adapter_mem_segment> segments;
+
+    bool is_host = true; // the tables are in memory that the CPU can read
+
+    bool empty() const { return segments.empty(); }
+};
+
+struct llama_adapter_mem {
+    llama_model * model = nullptr;
+
+    std::vector<llama_adapter_mem_layer> layers;
+
+    std::vector<llama_token> prefix_tokens;
+
+    float kq_scale        = 0.0f;
+    float rope_freq_base  = 0.0f;
+    float rope_freq_scale = 0.0f;
+
+    std::unordered_map<std::string, std::string> gguf_kv;
+
+    // tables are used in place where the CPU computes the layer, and copied to the device of the layer elsewhere
+    std::unique_ptr<llama_mmap> mapping;
+
+    std::vector<ggml_context_ptr>        ctxs;
+    std::vector<ggml_backend_buffer_ptr> bufs;
+
+    explicit llama_adapter_mem(llama_model * model) : model(model) {}
+    ~llama_adapter_mem() = default;
+
+    // throws std::runtime_error("<reason>: <explanation>")
+    void load(const char * path);
+
+    uint32_t get_n_nodes() const;
+};
+
+// the memories that are attached to a context
+struct llama_adapter_mems {
+    struct item {
+        const llama_adapter_mem * adapter;
+        float gain; // added to the log-sum-exp
+    };
+
+    // what the CPU op of one layer needs; lives as long as the graphs that point to it
+    struct op_params {
+        const llama_adapter_mems * mems;
+        int   il;
+        float kq_scale;
+        int64_t hnsw_min_entries; // smaller tables are scanned
+    };
+
+    std::vector<item>      items;
+    llama_mem_lookup       lookup = LLAMA_MEM_LOOKUP_AUTO;
+    std::vector<op_params> params;         // per layer
+    std::vector<bool>      layers_reached; // layers whose attention was built with their memory
+
+    llama_adapter_mems() = default;
+    llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup);
+
+    bool has_layer(int il) const;
+
+    static int64_t hnsw_min_entries(llama_mem_lookup lookup);
+
+    bool same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const;
+
+    // throws std::runtime_error if these memories cannot be used with these context parameters
+    void check_cparams(const llama_cparams & cparams) const;
+
+    // throws std::runtime_error if the graph of this architecture did not ask for the memory of some layer
+    void check_layers_reached() const;
+
+    // attention over the live tokens and the memories of the layer
+    //   q       [n_embd_head_k, n_tokens, n_head]
+    //   k       [n_embd_head_k, n_kv,     n_head_kv]
+    //   v_t     [n_kv, n_embd_head_v,     n_head_kv]
+    //   kq_mask [n_kv, n_tokens]
+    //   returns [n_embd_head_v, n_tokens, n_head]
+    // throws std::runtime_error for what is not supported
+    ggml_tensor * build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
+                             ggml_tensor * kq_mask, float kq_scale, int il);
+
+private:
+    ggml_tensor * build_attn_stock(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
+                                   ggml_tensor * kq_mask, float kq_scale, int il) const;
+    ggml_tensor * build_attn_op   (ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
+                                   ggml_tensor * kq_mask, float kq_scale, int il);
+};
+
+using llama_adapter_mems_ptr = std::unique_ptr<llama_adapter_mems>;
+
+// the state of all memories of a layer for n_tokens queries, as a ggml custom op
+//   src[0] q [n_embd_head_k, n_tokens, n_head], dst [n_embd_head_v + 1, n_head, n_tokens] = (o, lse)
+void llama_adapter_mem_op_state(ggml_tensor * dst, int ith, int nth, void * userdata);
