@@ -1,0 +1,330 @@
+"""The Memory and its file: write, read, validate. The format is written down in docs/memory-format.md."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from .errors import Invalid, NotAMemory, Truncated, Unreadable, WrongVersion
+
+FORMAT_VERSION = 1
+ADAPTER_TYPE = "attention_state_memory"
+
+
+@dataclass
+class Entries:
+    """The entries of one kind in one segment of one layer; the KV heads lie one after another."""
+
+    key: np.ndarray  # [n, d_k] float16 or float32, after RoPE, in GGUF order
+    bias: np.ndarray  # [n] float32: lookup score key·q + bias, or anchor logit scale·key·q + bias
+    value: np.ndarray  # [n, d_v] float16 or float32
+    offset: np.ndarray  # [n_head_kv + 1] int32, head h owns the entries offset[h]:offset[h + 1]
+    lse: np.ndarray | None = None  # [n] float32, natural log, scale included; centroids only
+
+    def head(self, h: int) -> slice:
+        return slice(int(self.offset[h]), int(self.offset[h + 1]))
+
+
+@dataclass
+class Graph:
+    """A HNSW graph over the centroids of one segment of one layer; ids are local to their head, -1 fills up."""
+
+    link0: np.ndarray  # [n, m0] int32, neighbours on level 0
+    link: np.ndarray  # [n_upper, m] int32, neighbours above
+    upper: np.ndarray  # [n + 1] int32, entry i has the rows upper[i]:upper[i + 1] of link, level 1 first
+    entry: np.ndarray  # [n_head_kv] int32, where the search of a head begins
+
+
+@dataclass
+class LayerMemory:
+    """What one segment holds for one layer."""
+
+    centroid: Entries | None = None
+    graph: Graph | None = None
+    anchor: Entries | None = None
+
+
+@dataclass
+class ModelSpec:
+    """What a memory and the model it runs on must agree on."""
+
+    architecture: str  # as in GGUF: llama, qwen2, ...
+    block_count: int
+    head_count: int
+    head_count_kv: int
+    key_length: int
+    value_length: int
+    scale: float  # of the attention logits
+    rope_freq_base: float
+    rope_freq_scale: float
+    fingerprint_norms: str
+    fingerprint_vocab: str
+
+
+@dataclass
+class Memory:
+    """An attention-state memory of one prefix."""
+
+    model: ModelSpec
+    prefix_tokens: list[int]
+    prefix_text: str
+    layers: list[dict[int, LayerMemory]]  # [segment][layer]
+    segment_offset: list[int]  # [n_segment + 1], segment s stands for prefix_tokens[segment_offset[s]:segment_offset[s + 1]]
+    prefix_messages: list[dict] | None = None  # chat messages that were rendered to the prefix
+    build: dict[str, str | int | float] = field(default_factory=dict)  # how it was built
+    fidelity: dict[str, float] = field(default_factory=dict)  # what was measured when it was built
+
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(array.nbytes for _, array in _tensors(self))
+
+    def kv_bytes(self) -> int:
+        """Bytes of the F16 KV cache of the prefix that the memory replaces."""
+        m = self.model
+        return len(self.prefix_tokens) * m.block_count * m.head_count_kv * (m.key_length + m.value_length) * 2
+
+    def n_entries(self, kind: str) -> np.ndarray:
+        """Entries of a kind per segment, layer and KV head: int64 [n_segment, n_layer, n_head_kv]."""
+        n = np.zeros((len(self.layers), self.model.block_count, self.model.head_count_kv), dtype=np.int64)
+        for s, layers in enumerate(self.layers):
+            for il, layer in layers.items():
+                if (entries := getattr(layer, kind)) is not None:
+                    n[s, il] = np.diff(entries.offset)
+        return n
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file under a temporary name, then rename it: the old file stays until the new one is whole."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        try:
+            _write(self, part)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Memory":
+        """Read and check a file. Raises a MemoryRefused that names what is wrong."""
+        return _read(Path(path))
+
+
+# the tensors of one layer: (attribute of LayerMemory, name of its parts)
+_ENTRY_PARTS = ("key", "bias", "value", "lse", "offset")
+_GRAPH_PARTS = ("link0", "link", "upper", "entry")
+
+
+def _tensors(memory: Memory):
+    """Names and arrays of all tensors, in file order."""
+    for s, layers in enumerate(memory.layers):
+        for il, layer in sorted(layers.items()):
+            for kind, parts in (("centroid", _ENTRY_PARTS), ("graph", _GRAPH_PARTS), ("anchor", _ENTRY_PARTS)):
+                if (holder := getattr(layer, kind)) is None:
+                    continue
+                prefix = f"seg.{s}.blk.{il}.{'centroid' if kind == 'graph' else kind}."
+                for part in parts:
+                    if (array := getattr(holder, part)) is not None:
+                        yield prefix + part, array
+
+
+# keys of the fields of ModelSpec
+_MODEL_KEYS = {
+    "architecture": "general.architecture",
+    "block_count": "attnmem.block_count",
+    "head_count": "attnmem.attention.head_count",
+    "head_count_kv": "attnmem.attention.head_count_kv",
+    "key_length": "attnmem.attention.key_length",
+    "value_length": "attnmem.attention.value_length",
+    "scale": "attnmem.attention.scale",
+    "rope_freq_base": "attnmem.rope.freq_base",
+    "rope_freq_scale": "attnmem.rope.freq_scale",
+    "fingerprint_norms": "attnmem.fingerprint.norms",
+    "fingerprint_vocab": "attnmem.fingerprint.vocab",
+}
+
+
+def _write(memory: Memory, path: Path) -> None:
+    writer = gguf.GGUFWriter(path, memory.model.architecture)
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", ADAPTER_TYPE)
+    writer.add_uint32("attnmem.version", FORMAT_VERSION)
+    for name, key in _MODEL_KEYS.items():
+        if name != "architecture":  # written by GGUFWriter itself
+            value = getattr(memory.model, name)
+            add[type(value)](key, value)
+    writer.add_array("attnmem.prefix.tokens", [int(t) for t in memory.prefix_tokens])
+    writer.add_string("attnmem.prefix.text", memory.prefix_text)
+    if memory.prefix_messages is not None:
+        writer.add_string("attnmem.prefix.messages", json.dumps(memory.prefix_messages, ensure_ascii=False))
+    writer.add_uint32("attnmem.segment.count", len(memory.layers))
+    writer.add_array("attnmem.segment.offset", [int(i) for i in memory.segment_offset])
+    for group, values in (("build", memory.build), ("fidelity", memory.fidelity)):
+        for name, value in values.items():
+            add[type(value)](f"attnmem.{group}.{name}", value)
+    for name, array in _tensors(memory):
+        writer.add_tensor(name, np.ascontiguousarray(array))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _read(path: Path) -> Memory:
+    try:
+        with open(path, "rb") as f:
+            magic = f.read(4)
+    except OSError as error:
+        raise Unreadable(f"cannot open '{path}': {error.strerror}") from None
+    if magic != b"GGUF":
+        raise NotAMemory(f"'{path}' is not a GGUF file")
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the reader checks little: a damaged file can fail in any of its expressions
+        raise Truncated(f"the header or the data of '{path}' is incomplete or damaged ({error})") from None
+    return _Parser(reader).memory()
+
+
+class _Parser:
+    """Turns a GGUFReader into a Memory; every field is checked before it is used."""
+
+    def __init__(self, reader: gguf.GGUFReader):
+        self.reader = reader
+        self.tensors = {t.name: t for t in reader.tensors}
+        self.n_used = 0
+
+    def value(self, key: str, kind: type | list):
+        """The value of a key: kind is str, int, float or list (of int)."""
+        if (found := self.reader.fields.get(key)) is None:
+            raise Invalid(f"the key '{key}' is missing")
+        wanted = {
+            str: [gguf.GGUFValueType.STRING],
+            int: [gguf.GGUFValueType.UINT32],
+            float: [gguf.GGUFValueType.FLOAT32],
+            list: [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32],
+        }[kind]
+        if found.types != wanted:
+            raise Invalid(f"the key '{key}' has type {[t.name for t in found.types]}, expected {[t.name for t in wanted]}")
+        try:
+            return kind(found.contents())
+        except UnicodeDecodeError:
+            raise Invalid(f"the key '{key}' is not UTF-8") from None
+
+    def group(self, prefix: str) -> dict:
+        return {k[len(prefix) :]: f.contents() for k, f in self.reader.fields.items() if k.startswith(prefix)}
+
+    def tensor(self, name: str, dtypes: tuple, shape: tuple) -> np.ndarray:
+        """A tensor that must be there; a dimension of None may be anything."""
+        if (found := self.tensors.get(name)) is None:
+            raise Invalid(f"the tensor '{name}' is missing")
+        array = found.data
+        if array.dtype not in dtypes:
+            raise Invalid(f"the tensor '{name}' has type {array.dtype}, expected {' or '.join(np.dtype(d).name for d in dtypes)}")
+        if array.ndim != len(shape) or any(b is not None and a != b for a, b in zip(array.shape, shape)):
+            raise Invalid(f"the tensor '{name}' has shape {array.shape}, expected {shape}")
+        if array.dtype != np.int32 and not (np.isfinite(array) | (name.endswith(".lse") & (array == -np.inf))).all():
+            raise Invalid(f"the tensor '{name}' has a value that is not finite")
+        self.n_used += 1
+        return array
+
+    def memory(self) -> Memory:
+        try:
+            what = (self.value("general.type", str), self.value("adapter.type", str))
+        except Invalid:
+            what = None
+        if what != ("adapter", ADAPTER_TYPE):
+            raise NotAMemory("the GGUF file is not an attention-state memory")
+        if (version := self.value("attnmem.version", int)) != FORMAT_VERSION:
+            raise WrongVersion(f"the memory has format version {version}, this build reads version {FORMAT_VERSION}")
+        spec = ModelSpec(**{name: self.value(key, ModelSpec.__annotations__[name]) for name, key in _MODEL_KEYS.items()})
+        tokens = self.value("attnmem.prefix.tokens", list)
+        n_segments = self.value("attnmem.segment.count", int)
+        segment_offset = self.value("attnmem.segment.offset", list)
+        if n_segments < 1 or len(segment_offset) != n_segments + 1:
+            raise Invalid(f"{n_segments} segments with {len(segment_offset)} offsets")
+        _check_offsets("attnmem.segment.offset", np.array(segment_offset), len(tokens))
+        memory = Memory(
+            model=spec,
+            prefix_tokens=tokens,
+            prefix_text=self.value("attnmem.prefix.text", str),
+            prefix_messages=self.messages(),
+            segment_offset=segment_offset,
+            layers=[
+                {il: layer for il in range(spec.block_count) if (layer := self.layer(f"seg.{s}.blk.{il}.", spec))}
+                for s in range(n_segments)
+            ],
+            build=self.group("attnmem.build."),
+            fidelity=self.group("attnmem.fidelity."),
+        )
+        if self.n_used != len(self.tensors):
+            raise Invalid(f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build")
+        return memory
+
+    def messages(self) -> list[dict] | None:
+        if "attnmem.prefix.messages" not in self.reader.fields:
+            return None
+        try:
+            return json.loads(self.value("attnmem.prefix.messages", str))
+        except json.JSONDecodeError as error:
+            raise Invalid(f"the key 'attnmem.prefix.messages' is not JSON: {error}") from None
+
+    def layer(self, prefix: str, spec: ModelSpec) -> LayerMemory | None:
+        centroid = self.entries(prefix + "centroid.", spec, has_lse=True)
+        graph = self.graph(prefix + "centroid.", centroid)
+        anchor = self.entries(prefix + "anchor.", spec, has_lse=False)
+        return LayerMemory(centroid, graph, anchor) if centroid or anchor else None
+
+    def entries(self, prefix: str, spec: ModelSpec, has_lse: bool) -> Entries | None:
+        if prefix + "key" not in self.tensors:
+            return None
+        real = (np.float16, np.float32)
+        key = self.tensor(prefix + "key", real, (None, spec.key_length))
+        n = len(key)
+        entries = Entries(
+            key=key,
+            bias=self.tensor(prefix + "bias", (np.float32,), (n,)),
+            value=self.tensor(prefix + "value", real, (n, spec.value_length)),
+            lse=self.tensor(prefix + "lse", (np.float32,), (n,)) if has_lse else None,
+            offset=self.tensor(prefix + "offset", (np.int32,), (spec.head_count_kv + 1,)),
+        )
+        _check_offsets(prefix + "offset", entries.offset, n)
+        return entries
+
+    def graph(self, prefix: str, entries: Entries | None) -> Graph | None:
+        if prefix + "link0" not in self.tensors:
+            return None
+        if entries is None:
+            raise Invalid(f"'{prefix}link0' has no entries to link")
+        integer = (np.int32,)
+        n = len(entries.key)
+        graph = Graph(
+            link0=self.tensor(prefix + "link0", integer, (n, None)),
+            link=self.tensor(prefix + "link", integer, (None, None)),
+            upper=self.tensor(prefix + "upper", integer, (n + 1,)),
+            entry=self.tensor(prefix + "entry", integer, (len(entries.offset) - 1,)),
+        )
+        _check_offsets(prefix + "upper", graph.upper, min(max(int(graph.upper[-1]), 0), len(graph.link)))
+        for h in range(len(graph.entry)):
+            head = entries.head(h)
+            n_h = head.stop - head.start
+            levels = np.diff(graph.upper[head.start : head.stop + 1])
+            rows = np.arange(graph.upper[head.start], graph.upper[head.stop])
+            links = graph.link[rows]
+            level_of_row = rows - np.repeat(graph.upper[head], levels)
+            ok = n_h == 0 or 0 <= graph.entry[h] < n_h
+            ok = ok and bool(((graph.link0[head] >= -1) & (graph.link0[head] < n_h)).all())
+            ok = ok and bool(((links >= -1) & (links < n_h)).all())
+            ok = ok and bool((levels[np.maximum(links, 0)] > level_of_row[:, None])[links >= 0].all())
+            if not ok:
+                raise Invalid(f"a link of the graph '{prefix}link0' of head {h} leaves its table")
+        return graph
+
+
+def _check_offsets(name: str, offset: np.ndarray, n: int) -> None:
+    if offset[0] != 0 or offset[-1] != n or (np.diff(offset) < 0).any():
+        raise Invalid(f"the offsets in '{name}' do not ascend from 0 to {n}")

@@ -1,0 +1,197 @@
+"""Where a model to build from comes from: a transformers directory, or the very GGUF that will run."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import gguf
+import torch
+import transformers
+
+from .capture import ATTENTION_NAME
+from .errors import Unsupported
+from .memory import ModelSpec
+
+# model_type of transformers -> architecture of GGUF, and whether GGUF stores Q and K with interleaved RoPE pairs
+_ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str, add_bos: bool) -> list[int]: ...
+    def decode(self, tokens: list[int]) -> str: ...
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> list[int]: ...
+
+
+@dataclass
+class BuildModel:
+    """A model in PyTorch, and what a memory has to know about it."""
+
+    module: transformers.PreTrainedModel
+    tokenizer: Tokenizer
+    spec: ModelSpec
+    interleaved: bool  # GGUF order of a head: gguf[2i] = hf[i], gguf[2i + 1] = hf[i + d/2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    def to_gguf_order(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys [..., d_k] from the order of transformers to that of the GGUF."""
+        return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if self.interleaved else x
+
+    def from_gguf_order(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x
+
+    def rotate(self, x: torch.Tensor, delta: int) -> torch.Tensor:
+        """Move queries or keys [..., d_k], after RoPE and in the order of transformers, by delta positions."""
+        rotary = self.module.get_decoder().rotary_emb
+        angle = delta * rotary.inv_freq.double().to(x.device)
+        cos, sin = angle.cos().repeat(2), angle.sin().repeat(2)
+        a, b = x.double().chunk(2, dim=-1)
+        return (x.double() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel:
+    """Load a model to build from, with CUDA when there is a GPU (float32 on the CPU, bfloat16 on CUDA).
+
+    path: a transformers directory or a GGUF file. Raises Unsupported for architectures that are not known to work.
+    """
+    path = Path(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = dict(dtype=torch.float32 if device == "cpu" else torch.bfloat16, attn_implementation=ATTENTION_NAME)
+    if path.is_dir():
+        config = transformers.AutoConfig.from_pretrained(path)
+        _architecture(config)
+        module = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        tokenizer = _TransformersTokenizer(path)
+        tensors = _norms_of_module(module, _architecture(config)[0])
+        vocab = tokenizer.vocab(config.vocab_size)
+    else:
+        reader = gguf.GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        if architecture not in {name for name, _ in _ARCHITECTURES.values()}:
+            raise Unsupported(f"the architecture '{architecture}' is not supported by the builder; it knows {sorted(_ARCHITECTURES)}")
+        with _quiet():
+            module = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+        tokenizer = GgufTokenizer(path)
+        tensors = {t.name: t.data for t in reader.tensors if t.name.endswith("norm.weight")}
+        vocab = reader.fields["tokenizer.ggml.tokens"].contents()
+    module = module.to(device).eval().requires_grad_(False)
+    spec = _spec(module.config, fingerprint_norms(tensors), fingerprint_vocab(vocab))
+    return BuildModel(module, tokenizer, spec, _architecture(module.config)[1])
+
+
+def fnv1a(data: bytes, value: int = 0xCBF29CE484222325) -> int:
+    """FNV-1a, 64 bit."""
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return value
+
+
+def fingerprint_norms(tensors: dict) -> str:
+    """Hash of the norm tensors, which every quantization keeps in float32: GGUF name -> float32 array."""
+    value = fnv1a(b"")
+    for name in sorted(tensors):
+        value = fnv1a(tensors[name].tobytes(), fnv1a(name.encode(), value))
+    return f"{value:016x}"
+
+
+def fingerprint_vocab(tokens: list[str]) -> str:
+    return f"{fnv1a(b''.join((t or f'[EMPTY_{i}]').encode() + bytes(1) for i, t in enumerate(tokens))):016x}"
+
+
+class GgufTokenizer:
+    """The tokenizer and chat template of a GGUF, as llama.cpp itself applies them."""
+
+    def __init__(self, path: Path):
+        from llama_cpp import Llama, llama_chat_format
+
+        self._llama = Llama(str(path), vocab_only=True, verbose=False)
+        handler = self._llama.chat_handler or self._llama._chat_handlers.get(self._llama.chat_format)
+        self._handler = handler or llama_chat_format.get_chat_completion_handler(self._llama.chat_format)
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        return self._llama.tokenize(text.encode(), add_bos=add_bos, special=False)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._llama.detokenize(tokens, special=True).decode(errors="replace")
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> list[int]:
+        from .prefix import render_with_llama
+
+        return render_with_llama(self._llama, messages, add_generation_prompt)
+
+
+class _TransformersTokenizer:
+    def __init__(self, path: Path):
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_bos)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> list[int]:
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def vocab(self, size: int) -> list[str]:
+        """Token texts as the conversion to GGUF writes them."""
+        texts = {i: t for t, i in self._tokenizer.get_vocab().items()}
+        return [texts.get(i, f"[PAD{i}]") for i in range(size)]
+
+
+def _architecture(config) -> tuple[str, bool]:
+    if config.model_type not in _ARCHITECTURES:
+        raise Unsupported(f"the architecture '{config.model_type}' is not supported by the builder; it knows {sorted(_ARCHITECTURES)}")
+    return _ARCHITECTURES[config.model_type]
+
+
+def _spec(config, norms: str, vocab: str) -> ModelSpec:
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise Unsupported("sliding-window attention cannot take a memory")
+    rope = config.rope_parameters
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        raise Unsupported(f"RoPE scaling of type '{rope_type}' is not supported by the builder; it knows {_ROPE_TYPES}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelSpec(
+        architecture=_architecture(config)[0],
+        block_count=config.num_hidden_layers,
+        head_count=config.num_attention_heads,
+        head_count_kv=config.num_key_value_heads,
+        key_length=head_dim,
+        value_length=head_dim,
+        scale=head_dim**-0.5,
+        rope_freq_base=float(rope["rope_theta"]),
+        rope_freq_scale=1.0 / rope["factor"] if rope_type == "linear" else 1.0,
+        fingerprint_norms=norms,
+        fingerprint_vocab=vocab,
+    )
+
+
+def _norms_of_module(module, architecture: str) -> dict:
+    """The norm tensors under their GGUF names."""
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, module.config.num_hidden_layers)
+    return {
+        names.get_name(name, try_suffixes=(".weight",)): tensor.float().cpu().numpy()
+        for name, tensor in module.state_dict().items()
+        if name.endswith("norm.weight")
+    }
+
+
+class _quiet:
+    """transformers prints a progress bar per tensor and a report of keys while it dequantizes a GGUF."""
+
+    def __enter__(self):
+        self.level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *exception):
+        transformers.logging.set_verbosity(self.level)
+        transformers.logging.enable_progress_bar()

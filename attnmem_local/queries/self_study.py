@@ -1,0 +1,56 @@
+"""Self-study: the model itself writes summaries, questions and answers about the prefix (Cartridges, arXiv 2506.06266)."""
+
+from typing import Callable
+
+import torch
+
+from ..capture import Live, PrefixKV
+from ..prefix import Prefix, drop_prefix
+
+_REQUESTS = (
+    "Summarize the text above.",
+    "Write down ten questions that the text above answers, each with its answer.",
+    "What are the most important facts above? List them with all names and numbers.",
+    "Explain in your own words, and in detail, what is said above.",
+    "Quote the most important passage above word by word.",
+    "Which rules, options or instructions are given above? Give an example for each.",
+    "Ask me something difficult about the text above, then answer it step by step.",
+    "Continue with more text in the same style.",
+)
+
+
+def self_study(
+    model,
+    prefix: Prefix,
+    kv: PrefixKV,
+    n_windows: int,
+    window: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[list[int]]:
+    """Windows of `window` tokens: a request about the prefix and what the model samples after it (temperature 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    windows = []
+    for request in _REQUESTS:
+        copies = len(range(_REQUESTS.index(request), n_windows, len(_REQUESTS)))
+        if not copies:
+            continue
+        prompt = _prompt(model, prefix, request)[:window]
+        tokens = torch.tensor([prompt] * copies)
+        session = Live(kv.state)
+        logits = session.run(model, tokens)[:, -1]
+        progress(tokens.numel())
+        while tokens.shape[1] < window:
+            drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+            tokens = torch.cat((tokens, drawn), dim=1)
+            logits = session.run(model, drawn)[:, -1]
+            progress(copies)
+        windows += tokens.tolist()
+    return windows
+
+
+def _prompt(model, prefix: Prefix, request: str) -> list[int]:
+    if prefix.messages is None:
+        return model.tokenizer.encode(f"\n\n{request}\n\n", add_bos=False)
+    chat = [*prefix.messages, {"role": "user", "content": request}]
+    return drop_prefix(model.tokenizer.render(chat, True), prefix.tokens)

@@ -1,0 +1,197 @@
+"""MemoryLlama: a llama_cpp.Llama that answers with memories instead of prefixes."""
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import llama_cpp
+from llama_cpp.llama_cache import BaseLlamaCache
+
+from . import native
+from .errors import MemoryRefused
+from .prefix import drop_prefix, with_prefix_messages
+
+
+class LoadedMemory:
+    """A memory that the runtime has loaded for one model; `MemoryLlama.load_memory` makes them."""
+
+    def __init__(self, llama: "MemoryLlama", path: str | Path):
+        self.path = Path(path)
+        self.handle = native.init(llama.model, str(path))
+        self.prefix_tokens = native.prefix_tokens(self.handle)
+        try:
+            messages = native.metadata(self.handle, "attnmem.prefix.messages")
+            self.prefix_messages: list[dict] | None = None if messages is None else json.loads(messages)
+        except json.JSONDecodeError as error:
+            native.free(self.handle)
+            raise MemoryRefused(f"the key 'attnmem.prefix.messages' of '{path}' is not JSON: {error}") from None
+
+    def metadata(self, key: str) -> str | None:
+        """A scalar metadata value of the file as text, None if it has no such key."""
+        return native.metadata(self.handle, key)
+
+
+@dataclass(frozen=True)
+class Attached:
+    memory: LoadedMemory
+    gain: float = 0.0  # added to the memory's log-sum-exp: 0 as it was built, −inf is off
+
+
+class MemoryLlama(llama_cpp.Llama):
+    """A llama_cpp.Llama with attention-state memories.
+
+    memory: one or several paths or loaded memories to attach from the start.
+    lookup: how the nearest entry is found: "auto", "stock", "scan" or "hnsw" (see native.LOOKUPS).
+    Everything else is as in llama_cpp.Llama, and so are completions, chat and streaming: live tokens begin at
+    position 0, the prefix is neither prefilled nor attended, and n_ctx is all for live tokens.
+
+    Raises MemoryRefused, attaching nothing, if a memory does not fit the model or an option of the context.
+    """
+
+    def __init__(self, model_path: str, *, memory=(), lookup: str = "auto", **options):
+        if lookup not in native.LOOKUPS:
+            raise ValueError(f"lookup must be one of {sorted(native.LOOKUPS)}, not '{lookup}'")
+        self._attached: list[Attached] = []
+        self._loaded: dict[Path, LoadedMemory] = {}
+        self._lookup = lookup
+        super().__init__(model_path, **options)
+        for item in [memory] if isinstance(memory, (str, Path, LoadedMemory)) else memory:
+            self.attach(item)
+
+    # attaching
+
+    @property
+    def memories(self) -> tuple[Attached, ...]:
+        """The attached memories; the first one's prefix is what a chat begins with."""
+        return tuple(self._attached)
+
+    @property
+    def lookup(self) -> str:
+        return self._lookup
+
+    def load_memory(self, path: str | Path) -> LoadedMemory:
+        """Load a memory without attaching it. A file is loaded once."""
+        key = Path(path).resolve()
+        if key not in self._loaded:
+            self._loaded[key] = LoadedMemory(self, path)
+        return self._loaded[key]
+
+    def attach(self, memory: str | Path | LoadedMemory, gain: float = 0.0) -> LoadedMemory:
+        """Attach a memory beside those attached, or set the gain of one that is."""
+        loaded = memory if isinstance(memory, LoadedMemory) else self.load_memory(memory)
+        others = [a for a in self._attached if a.memory is not loaded]
+        at = next((i for i, a in enumerate(self._attached) if a.memory is loaded), len(others))
+        self._set([*others[:at], Attached(loaded, gain), *others[at:]], self._lookup)
+        return loaded
+
+    def detach(self, memory: str | Path | LoadedMemory | None = None) -> None:
+        """Detach one memory, or all."""
+        loaded = memory if memory is None or isinstance(memory, LoadedMemory) else self.load_memory(memory)
+        if loaded is not None and all(a.memory is not loaded for a in self._attached):
+            raise ValueError(f"'{loaded.path}' is not attached")
+        self._set([a for a in self._attached if loaded is not None and a.memory is not loaded], self._lookup)
+
+    def set_lookup(self, lookup: str) -> None:
+        """Change how the nearest entry is found."""
+        self._set(self._attached, lookup)
+
+    def _set(self, attached: list[Attached], lookup: str) -> None:
+        native.set_memories(self.ctx, [a.memory.handle for a in attached], [a.gain for a in attached], lookup)
+        self._attached, self._lookup = attached, lookup
+        self._forget()
+
+    def _forget(self) -> None:
+        """Live keys and values depend on the memories from the second layer on: none of them may be used again."""
+        self._ctx.kv_cache_clear()
+        self.reset()
+
+    # the prefix is never fed twice
+
+    def create_chat_completion(self, messages, *args, **options):
+        """As in llama_cpp.Llama; the messages of the memory's prefix need not be repeated.
+
+        Raises PrefixMismatch if the rendered chat does not begin with the prefix of the first attached memory.
+        """
+        leader = self._leader()
+        if leader is None:
+            return super().create_chat_completion(messages, *args, **options)
+        if leader.prefix_messages is None:
+            raise MemoryRefused(
+                f"'{leader.path}' was built from plain text, which no chat template begins with; "
+                "for chat, build it from chat messages or with --system"
+            )
+        self._drop_prefix = leader.prefix_tokens
+        try:
+            return super().create_chat_completion(with_prefix_messages(messages, leader.prefix_messages), *args, **options)
+        finally:
+            self._drop_prefix = None
+
+    _drop_prefix: list[int] | None = None
+
+    def create_completion(self, prompt, *args, **options):
+        """As in llama_cpp.Llama; a text prompt continues the memory's prefix, without another BOS."""
+        if self._drop_prefix is not None:  # a rendered chat
+            prompt = drop_prefix(prompt, self._drop_prefix)
+        elif (leader := self._leader()) is not None and options.get("suffix") is None:
+            tokens = self.tokenize(prompt.encode(), add_bos=False, special=True) if isinstance(prompt, str) else list(prompt)
+            n = len(leader.prefix_tokens)
+            prompt = tokens[n:] if tokens[:n] == leader.prefix_tokens else tokens
+        return super().create_completion(prompt, *args, **options)
+
+    def _leader(self) -> LoadedMemory | None:
+        return self._attached[0].memory if self._attached else None
+
+    # saved states belong to the memories they were computed with
+
+    def _memory_key(self) -> tuple[int, ...]:
+        """A token that no vocabulary has, for what is attached; empty when nothing is."""
+        what = [(a.memory.path.resolve().as_posix(), a.memory.path.stat().st_mtime_ns, a.gain) for a in self._attached]
+        return (-1 - zlib.crc32(repr(what).encode()),) if what else ()
+
+    def save_state(self):
+        state = super().save_state()
+        state.memory_key = self._memory_key()
+        return state
+
+    def load_state(self, state) -> None:
+        """As in llama_cpp.Llama. Raises MemoryRefused for a state that was computed with other memories."""
+        if getattr(state, "memory_key", ()) != self._memory_key():
+            raise MemoryRefused("the saved state was computed with other memories attached; attach the same ones with the same gains")
+        super().load_state(state)
+
+    def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        super().set_cache(None if cache is None else _CacheByMemory(self, cache))
+
+    def close(self) -> None:
+        super().close()
+        self._loaded.clear()  # freed with the model
+
+
+class _CacheByMemory(BaseLlamaCache):
+    """A prompt cache that finds only states computed with the memories that are attached."""
+
+    def __init__(self, llama: MemoryLlama, cache: BaseLlamaCache):
+        super().__init__(cache.capacity_bytes)
+        self.llama = llama
+        self.cache = cache
+
+    def _key(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        return (*self.llama._memory_key(), *tokens)
+
+    @property
+    def cache_size(self) -> int:
+        return self.cache.cache_size
+
+    def __getitem__(self, tokens):
+        state = self.cache[self._key(tokens)]
+        if getattr(state, "memory_key", ()) != self.llama._memory_key():
+            raise KeyError("the cached state belongs to other memories")
+        return state
+
+    def __contains__(self, tokens) -> bool:
+        return self._key(tokens) in self.cache
+
+    def __setitem__(self, tokens, state) -> None:
+        self.cache[self._key(tokens)] = state

@@ -1,0 +1,46 @@
+"""Attention states: the reference mathematics, in PyTorch.
+
+For one head, attention of a query q over a set of tokens is fully described by its state (o, lse):
+    lse = log Σ_j exp(logit_j)          natural log, float32
+    o   = Σ_j exp(logit_j − lse)·v_j    logit_j = scale·q·k_j + bias_j
+States over disjoint tokens merge exactly (online softmax, Milakov and Gimelshein, arXiv 1805.02867).
+"""
+
+import torch
+
+State = tuple[torch.Tensor, torch.Tensor]  # o [..., d_v], lse [...]
+
+
+def merge(a: State, b: State) -> State:
+    """The state over the union of two disjoint sets of tokens. Two empty states, (0, −inf), merge to the empty state."""
+    (o_a, lse_a), (o_b, lse_b) = a, b
+    lse = torch.logaddexp(lse_a, lse_b)
+    known = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)  # −inf − −inf would be NaN
+    return o_a * (lse_a - known).exp()[..., None] + o_b * (lse_b - known).exp()[..., None], lse
+
+
+def state_of_logits(logits: torch.Tensor, v: torch.Tensor) -> State:
+    """State from logits [..., n_q, n] and values [..., n, d_v]."""
+    lse = logits.logsumexp(-1)
+    known = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
+    return (logits - known[..., None]).exp() @ v, lse
+
+
+def exact_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int = 2048) -> State:
+    """State of queries over keys and values, block by block, so that memory stays bounded for long prefixes.
+
+    q [..., n_q, d_k], k [..., n, d_k], v [..., n, d_v]; leading dimensions are equal. Computed in the type of q.
+    """
+    state = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -torch.inf)
+    for k_block, v_block in zip(k.split(block, dim=-2), v.split(block, dim=-2)):
+        logits = scale * (q @ k_block.to(q.dtype).transpose(-1, -2))
+        state = merge(state, state_of_logits(logits, v_block.to(q.dtype)))
+    return state
+
+
+def causal_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> State:
+    """State of n_q queries over n >= n_q keys of which the last n_q are the queries' own tokens."""
+    n_q, n = q.shape[-2], k.shape[-2]
+    future = torch.ones(n_q, n, dtype=torch.bool, device=q.device).triu(n - n_q + 1)
+    logits = (scale * (q @ k.to(q.dtype).transpose(-1, -2))).masked_fill(future, -torch.inf)
+    return state_of_logits(logits, v.to(q.dtype))
