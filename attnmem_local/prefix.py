@@ -61,16 +61,3 @@ def with_prefix_messages(messages: list[dict], prefix_messages: list[dict]) -> l
     if any(m["role"] == "system" for m in messages) and any(m["role"] == "system" for m in prefix_messages):
         raise PrefixMismatch("the chat has a system message, but the memory holds another one; leave it out or detach the memory")
     return [*prefix_messages, *messages]
-
-
-def render_with_llama(llama, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-    """Tokens of a chat as llama-cpp-python renders it with the template of the GGUF."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    template = llama.metadata.get("tokenizer.chat_template")
-    if template is None:
-        raise ValueError("this model has no chat template; build the memory from text")
-    bos, eos = (llama._model.token_get_text(t) if t != -1 else "" for t in (llama.token_bos(), llama.token_eos()))
-    formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos, add_generation_prompt=add_generation_prompt)
-    rendered = formatter(messages=messages)
-    return llama.tokenize(rendered.prompt.encode(), add_bos=not rendered.added_special, special=True)

@@ -57,6 +57,8 @@ class MemoryLlama(llama_cpp.Llama):
         self._loaded: dict[Path, LoadedMemory] = {}
         self._lookup = lookup
         super().__init__(model_path, **options)
+        if not {"chat_format", "chat_handler"} & options.keys() and "chat_template.default" in self._chat_handlers:
+            self.chat_format = "chat_template.default"  # prefixes are rendered with the model's own template
         for item in [memory] if isinstance(memory, (str, Path, LoadedMemory)) else memory:
             self.attach(item)
 

@@ -20,27 +20,33 @@ def merge(a: State, b: State) -> State:
 
 
 def state_of_logits(logits: torch.Tensor, v: torch.Tensor) -> State:
-    """State from logits [..., n_q, n] and values [..., n, d_v]."""
-    lse = logits.logsumexp(-1)
-    known = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
-    return (logits - known[..., None]).exp() @ v, lse
+    """State from logits [..., n_q, n], which are overwritten, and values [..., n, d_v]."""
+    top = logits.amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+    p = logits.sub_(top).exp_()
+    z = p.sum(-1, keepdim=True)
+    o = (p @ v) / torch.where(z == 0, torch.ones_like(z), z)
+    return o, (top + z.log())[..., 0]
 
 
-def exact_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int = 2048) -> State:
-    """State of queries over keys and values, block by block, so that memory stays bounded for long prefixes.
+def exact_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int = 512) -> State:
+    """State of queries over keys and values, block by block: memory stays bounded however long the prefix.
 
     q [..., n_q, d_k], k [..., n, d_k], v [..., n, d_v]; leading dimensions are equal. Computed in the type of q.
     """
-    state = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -torch.inf)
-    for k_block, v_block in zip(k.split(block, dim=-2), v.split(block, dim=-2)):
-        logits = scale * (q @ k_block.to(q.dtype).transpose(-1, -2))
-        state = merge(state, state_of_logits(logits, v_block.to(q.dtype)))
-    return state
+    blocks = [(kb.to(q.dtype).transpose(-1, -2), vb.to(q.dtype)) for kb, vb in zip(k.split(block, dim=-2), v.split(block, dim=-2))]
+    parts = []
+    for part in (q * scale).split(block, dim=-2):
+        state = part.new_zeros(*part.shape[:-1], v.shape[-1]), part.new_full(part.shape[:-1], -torch.inf)
+        for k_block, v_block in blocks:
+            state = merge(state, state_of_logits(part @ k_block, v_block))
+        parts.append(state)
+    return torch.cat([o for o, _ in parts], dim=-2), torch.cat([lse for _, lse in parts], dim=-1)
 
 
 def causal_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> State:
     """State of n_q queries over n >= n_q keys of which the last n_q are the queries' own tokens."""
     n_q, n = q.shape[-2], k.shape[-2]
     future = torch.ones(n_q, n, dtype=torch.bool, device=q.device).triu(n - n_q + 1)
-    logits = (scale * (q @ k.to(q.dtype).transpose(-1, -2))).masked_fill(future, -torch.inf)
+    logits = (scale * q @ k.to(q.dtype).transpose(-1, -2)).masked_fill_(future, -torch.inf)
     return state_of_logits(logits, v.to(q.dtype))

@@ -1,7 +1,7 @@
-"""Entry kinds, one file each. A fit turns the keys, values and queries of one KV head into entries."""
+"""Entry kinds, one file each: from the keys, values and queries of a KV head to entries."""
 
 from .anchor import exact_anchors
-from .centroid import STATES, Metric, fit_centroids
+from .centroid import EntryState, Metric, centroid_entries, cluster, mean_state
 from .head import HeadEntries, join_heads
 
-__all__ = ["HeadEntries", "Metric", "STATES", "exact_anchors", "fit_centroids", "join_heads"]
+__all__ = ["EntryState", "HeadEntries", "Metric", "centroid_entries", "cluster", "exact_anchors", "join_heads", "mean_state"]

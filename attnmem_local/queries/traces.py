@@ -24,14 +24,14 @@ def read_traces(path: str | Path) -> list[str | list[dict]]:
     return found
 
 
-def traces(model, prefix: Prefix, found: list[str | list[dict]], window: int) -> list[list[int]]:
+def traces(tokenizer, prefix: Prefix, found: list[str | list[dict]], window: int) -> list[list[int]]:
     """Windows of at most `window` tokens; chats are rendered and lose the prefix they begin with."""
     windows = []
     for trace in found:
         if isinstance(trace, str):
-            tokens = model.tokenizer.encode(trace, add_bos=False)
+            tokens = tokenizer.encode(trace, add_bos=False)
         else:
             chat = with_prefix_messages(trace, prefix.messages or [])
-            tokens = drop_prefix(model.tokenizer.render(chat, False), prefix.tokens)
+            tokens = drop_prefix(tokenizer.render(chat, False), prefix.tokens)
         windows += [tokens[i : i + window] for i in range(0, len(tokens), window)]
     return [w for w in windows if w]

@@ -1,0 +1,92 @@
+"""attnmem demo"""
+
+import statistics
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from .common import DEFAULT_MODEL
+
+ROOT = Path(__file__).parents[2]
+HANDBOOK = ROOT / "build/tree/vendor/llama.cpp/tools/server/README.md"
+HANDBOOK_CHARACTERS = 6000
+MEMORY = ROOT / "build/demo.mem.gguf"
+QUESTIONS = (
+    "Which option sets the number of threads to use?",
+    "What does the option --mlock do?",
+    "How do I set the size of the prompt context?",
+    "What is the server for?",
+)
+ANSWER_TOKENS = 48
+
+
+@click.command()
+def demo() -> None:
+    """Build a memory of a real handbook, answer a question with it, and show what it saves."""
+    from ..build import build_memory
+    from ..evaluate import Scorer, kl
+    from ..progress import Progress
+
+    console = Console()
+    text = HANDBOOK.read_text(encoding="utf-8")[:HANDBOOK_CHARACTERS]
+    messages = [{"role": "system", "content": "Answer questions about this handbook.\n\n" + text}]
+    progress = Progress()
+    start = time.monotonic()
+    memory = build_memory(DEFAULT_MODEL, messages, MEMORY, progress=progress)
+    console.print(f"built {MEMORY.relative_to(ROOT)} from the README of llama.cpp's server in {time.monotonic() - start:.0f} s\n")
+
+    runs = {
+        "full prefix": lambda: Scorer(DEFAULT_MODEL, memory.prefix_tokens),
+        "memory": lambda: Scorer(DEFAULT_MODEL, memory=MEMORY),
+        "no prefix": lambda: Scorer(DEFAULT_MODEL),
+    }
+    first_token: dict[str, float] = {}
+    scorers = {}
+    for name, make in runs.items():
+        start = time.monotonic()
+        scorers[name] = make()
+        chat = [*messages, {"role": "user", "content": QUESTIONS[0]}]
+        live = _live(scorers["full prefix"], memory.prefix_tokens, chat)
+        next(scorers[name].decode(live, 1))
+        first_token[name] = time.monotonic() - start
+
+    per_token: dict[str, list[float]] = {name: [] for name in runs}
+    divergence: dict[str, list[float]] = {name: [] for name in runs}
+    for question in QUESTIONS:
+        live = _live(scorers["full prefix"], memory.prefix_tokens, [*messages, {"role": "user", "content": question}])
+        answers = {}
+        for name, scorer in scorers.items():
+            decoded = list(scorer.decode(live, ANSWER_TOKENS))
+            per_token[name] += [seconds for _, seconds in decoded[1:]]
+            answers[name] = [token for token, _ in decoded]
+        expected = scorers["full prefix"].log_probs(live + answers["full prefix"])[len(live) - 1 :]
+        for name, scorer in scorers.items():
+            divergence[name] += list(kl(expected, scorer.log_probs(live + answers["full prefix"])[len(live) - 1 :]))
+        if question == QUESTIONS[0]:
+            console.print(f"[bold]{question}[/bold]")
+            for name, tokens in answers.items():
+                console.print(f"[dim]{name}:[/dim] {_text(scorers[name], tokens)}", highlight=False)
+
+    table = Table("", *runs)
+    table.add_row("prefix tokens in the context", str(len(memory.prefix_tokens)), "0", "0")
+    table.add_row("bytes for the prefix", f"{memory.kv_bytes() / 1e6:.1f} MB of KV", f"{memory.nbytes() / 1e6:.1f} MB of memory", "0")
+    table.add_row("time to first token", *(f"{first_token[name]:.2f} s" for name in runs))
+    table.add_row("ms per token", *(f"{1000 * statistics.median(per_token[name]):.1f}" for name in runs))
+    table.add_row("KL to the full prefix", *(f"{statistics.fmean(divergence[name]):.3f}" for name in runs))
+    console.print()
+    console.print(table)
+
+
+def _live(scorer, prefix_tokens: list[int], chat: list[dict]) -> list[int]:
+    from ..prefix import drop_prefix
+    from ..tokenizer import GgufTokenizer
+
+    return drop_prefix(GgufTokenizer(DEFAULT_MODEL).render(chat, True), prefix_tokens)
+
+
+def _text(scorer, tokens: list[int]) -> str:
+    end = next((i for i, t in enumerate(tokens) if t == scorer.llama.token_eos()), len(tokens))
+    return scorer.llama.detokenize(tokens[:end]).decode(errors="replace").strip()

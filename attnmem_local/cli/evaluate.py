@@ -1,0 +1,72 @@
+"""attnmem eval"""
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from .common import file_type, json_option, model_argument, threads_option
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Measure a memory against the full prefix, in the llama.cpp runtime."""
+
+
+@evaluate.command()
+@model_argument
+@click.argument("prefix", type=file_type)
+@click.option("-n", "--tokens", default=1000, show_default=True, help="Length of the prefix; the text after it is the live text.")
+@click.option("--live", default=384, show_default=True, help="Length of the live text.")
+@json_option
+def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool) -> None:
+    """Build the exact memory of PREFIX and compare it with the prefix itself.
+
+    Exactness shows on a GGUF in F32; on a quantized model compare kl_mean with kl_floor, the runtime's own noise.
+    """
+    from ..evaluate import exactness
+    from ..tokenizer import GgufTokenizer
+    from ..progress import Progress
+
+    text = GgufTokenizer(model).encode(prefix.read_text(encoding="utf-8"), add_bos=True)
+    if len(text) < tokens + live:
+        raise ValueError(f"'{prefix}' has {len(text)} tokens, {tokens} + {live} are needed; lower --tokens or --live")
+    result = exactness(model, text[:tokens], text[tokens : tokens + live], progress=Progress(quiet=as_json))
+    _print(result, as_json)
+
+
+@evaluate.command()
+@model_argument
+@click.argument("memory", type=file_type)
+@click.argument("text", type=file_type)
+@click.option("--window", default=384, show_default=True, help="Tokens of TEXT that follow the prefix at a time.")
+@click.option("--windows", default=4, show_default=True, help="How many windows of TEXT are scored at most.")
+@threads_option
+@json_option
+def fidelity(model: Path, memory: Path, text: Path, window: int, windows: int, threads: int | None, as_json: bool) -> None:
+    """Score held-out TEXT with the full prefix, with MEMORY and with neither. TEXT is text or .jsonl, as for build."""
+    from ..evaluate import fidelity as measure
+    from ..memory import Memory
+    from ..tokenizer import GgufTokenizer
+    from ..prefix import Prefix
+    from ..queries.traces import read_traces, traces
+
+    loaded = Memory.load(memory)
+    prefix = Prefix(loaded.prefix_tokens, loaded.prefix_text, loaded.prefix_messages)
+    scored = traces(GgufTokenizer(model), prefix, read_traces(text), window)[:windows]
+    scored = [w for w in scored if len(w) > 1]
+    if not scored:
+        raise ValueError(f"'{text}' has no text to score")
+    _print(measure(model, memory, scored, n_threads=threads), as_json)
+
+
+def _print(result: dict, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    table = Table(show_header=False)
+    for name, value in result.items():
+        table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
+    Console().print(table)

@@ -1,0 +1,57 @@
+"""attnmem show"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..memory import Memory
+from .common import file_type, json_option
+
+
+@click.command()
+@click.argument("memory", type=file_type)
+@json_option
+def show(memory: Path, as_json: bool) -> None:
+    """Check a memory file and show what it holds."""
+    loaded = Memory.load(memory)
+    if as_json:
+        click.echo(json.dumps(summary(loaded)))
+    else:
+        print_memory(loaded, memory)
+
+
+def summary(memory: Memory) -> dict:
+    return {
+        "model": asdict(memory.model),
+        "prefix_tokens": len(memory.prefix_tokens),
+        "prefix_text": memory.prefix_text,
+        "prefix_is_chat": memory.prefix_messages is not None,
+        "segments": len(memory.layers),
+        "entries": {kind: int(memory.n_entries(kind).sum()) for kind in ("centroid", "anchor")},
+        "bytes": memory.nbytes(),
+        "kv_bytes": memory.kv_bytes(),
+        "build": memory.build,
+        "fidelity": memory.fidelity,
+    }
+
+
+def print_memory(memory: Memory, path: Path) -> None:
+    table = Table(title=str(path), show_header=False, title_justify="left")
+    text = memory.prefix_text.replace("\n", " ")
+    rows = {
+        "model": f"{memory.model.architecture}, {memory.model.block_count} layers, {memory.model.head_count_kv} KV heads",
+        "prefix": f"{len(memory.prefix_tokens)} tokens of {'chat' if memory.prefix_messages is not None else 'text'}: {text[:60]}…",
+        "size": f"{memory.nbytes() / 1e6:.1f} MB, KV cache of the prefix: {memory.kv_bytes() / 1e6:.1f} MB",
+    }
+    for kind in ("centroid", "anchor"):
+        if (n := memory.n_entries(kind)).any():
+            rows[f"{kind}s"] = f"{n.min()} to {n.max()} per KV head, {n.sum()} in all"
+    for name, value in (memory.build | memory.fidelity).items():
+        rows[name] = f"{value:.4g}" if isinstance(value, float) else str(value)
+    for row in rows.items():
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,84 @@
+"""Models and memories that several tests share; each is made once per run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_tiny
+
+from attnmem_local.build import exact_memory, fit_memory
+from attnmem_local.capture import prefill
+from attnmem_local.cli.common import DEFAULT_MODEL
+from attnmem_local.dequantize import write_f32
+from attnmem_local.model import load_model
+from attnmem_local.prefix import Prefix
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "build/tree/vendor/llama.cpp/tools/server/README.md"
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    return DEFAULT_MODEL
+
+
+@pytest.fixture(scope="session")
+def f32_model(tmp_path_factory) -> Path:
+    """The default model without quantization, on which exactness can be judged."""
+    path = tmp_path_factory.mktemp("f32") / "default-f32.gguf"
+    write_f32(DEFAULT_MODEL, path)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def default_build_model():
+    return load_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def readme_tokens(default_build_model) -> list[int]:
+    return default_build_model.tokenizer.encode(README.read_text(encoding="utf-8"), add_bos=True)
+
+
+@pytest.fixture(scope="session")
+def real(default_build_model, readme_tokens, tmp_path_factory):
+    """A memory of 1,024 real tokens on the default model: (path, memory, windows it was not built from)."""
+    tokens, rest = readme_tokens[:1024], readme_tokens[1024:]
+    windows = [rest[i : i + 256] for i in range(0, 12 * 256, 256)]
+    kv = prefill(default_build_model, tokens)
+    prefix = Prefix(tokens, default_build_model.tokenizer.decode(tokens))
+    memory = fit_memory(default_build_model, prefix, kv, windows[2:], entries=1024)
+    path = tmp_path_factory.mktemp("real") / "readme.mem.gguf"
+    memory.save(path)
+    return path, memory, windows[:2]
+
+
+class Tiny:
+    """A tiny random model with the keys and values of a random prefix."""
+
+    def __init__(self, folder: Path, architecture: str = "llama", head_dim: int = 16):
+        self.folder = folder
+        self.path = write_tiny(folder / f"{architecture}.gguf", DEFAULT_MODEL, architecture, head_dim=head_dim)
+        self.model = load_model(self.path)
+        tokens = np.random.default_rng(7).integers(300, 1024, 360).tolist()
+        self.prefix = Prefix(tokens[:240], self.model.tokenizer.decode(tokens[:240]))
+        self.live = tokens[240:]
+        self.kv = prefill(self.model, self.prefix.tokens)
+
+    def exact(self):
+        return exact_memory(self.model, self.prefix, self.kv)
+
+    def fitted(self, **options):
+        windows = np.random.default_rng(8).integers(300, 1024, (6, 96)).tolist()
+        return fit_memory(self.model, self.prefix, self.kv, windows, **({"entries": 64} | options))
+
+    def save(self, memory, name: str) -> Path:
+        path = self.folder / f"{name}.mem.gguf"
+        memory.save(path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,202 @@
+"""The memory file is untrusted input: each way it can be wrong has its own error, in Python and in native code."""
+
+import copy
+
+import gguf
+import numpy as np
+import pytest
+from tiny import write_tiny
+
+from attnmem_local import errors, memory as memory_module
+from attnmem_local.cli.common import DEFAULT_MODEL
+from attnmem_local.memory import Memory
+from attnmem_local.runtime import MemoryLlama
+
+
+@pytest.fixture(scope="module")
+def good(tiny):
+    return tiny.fitted(entries=24)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny):
+    return MemoryLlama(str(tiny.path), verbose=False)
+
+
+def refused_by_both(llama, path, error, match=""):
+    with pytest.raises(error, match=match):
+        Memory.load(path)
+    with pytest.raises(error, match=match):
+        llama.load_memory(path)
+
+
+def same(a, b):
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if hasattr(a, "__dataclass_fields__"):
+        return all(same(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
+    return a == b or (isinstance(a, float) and np.float32(a) == np.float32(b))
+
+
+def test_round_trip(tiny, good):
+    good.prefix_messages = [{"role": "system", "content": "Grüße\n"}]
+    good.fidelity = {"kl_mean": 0.25}
+    assert same(Memory.load(tiny.save(good, "good")), good)
+    good.prefix_messages, good.fidelity = None, {}
+
+
+def test_same_inputs_and_seed_give_the_same_file(tiny):
+    a, b, c = (tiny.save(tiny.fitted(seed=seed), name).read_bytes() for seed, name in ((1, "a"), (1, "b"), (2, "c")))
+    assert a == b != c
+
+
+def test_truncated_at_every_boundary(tiny, good, llama, tmp_path):
+    path = tiny.save(good, "whole")
+    data = path.read_bytes()
+    reader = gguf.GGUFReader(path)
+    ends = {int(t.data_offset) + end for t in reader.tensors for end in (0, 1, t.n_bytes - 1)}
+    header = min(int(t.data_offset) for t in reader.tensors)
+    cut = tmp_path / "cut.mem.gguf"
+    for size in sorted(ends | set(range(4, 64)) | set(range(64, header, 211))):
+        cut.write_bytes(data[:size])
+        refused_by_both(llama, cut, errors.Truncated)
+    for size in range(4):
+        cut.write_bytes(data[:size])
+        refused_by_both(llama, cut, errors.NotAMemory)
+
+
+def test_flipped_header_bytes_never_crash(tiny, good, llama, tmp_path):
+    path = tiny.save(good, "whole")
+    data = path.read_bytes()
+    header = min(int(t.data_offset) for t in gguf.GGUFReader(path).tensors)
+    rng = np.random.default_rng(0)
+    flipped = tmp_path / "flipped.mem.gguf"
+    outcomes = set()
+    for at in rng.integers(4, header, 400):
+        bad = bytearray(data)
+        bad[at] ^= rng.integers(1, 256)
+        flipped.write_bytes(bad)
+        for load in (Memory.load, lambda p: MemoryLlama.load_memory(llama, p)):
+            llama._loaded.clear()
+            try:
+                load(flipped)
+                outcomes.add("loaded")  # a byte of the prefix text, say
+            except errors.MemoryRefused as error:
+                outcomes.add(error.reason)
+    assert {"truncated", "invalid", "wrong_model"} <= outcomes
+
+
+def _centroid(m):
+    return m.layers[0][1].centroid
+
+
+def _graph(m):
+    return m.layers[0][1].graph
+
+
+def _set(holder, part, index, value):
+    array = np.array(getattr(holder, part))
+    array[index] = value
+    setattr(holder, part, array)
+
+
+def _as(holder, part, dtype):
+    setattr(holder, part, getattr(holder, part).astype(dtype))
+
+
+INVALID = {
+    "NaN key": lambda m: _set(_centroid(m), "key", (3, 2), np.nan),
+    "infinite value": lambda m: _set(_centroid(m), "value", (0, 0), np.inf),
+    "NaN log-sum-exp": lambda m: _set(_centroid(m), "lse", 5, np.nan),
+    "+inf log-sum-exp": lambda m: _set(_centroid(m), "lse", 5, np.inf),
+    "offsets descend": lambda m: _set(_centroid(m), "offset", 1, 1000),
+    "offsets end early": lambda m: _set(_centroid(m), "offset", -1, 3),
+    "negative offset": lambda m: _set(_centroid(m), "offset", 0, -1),
+    "link beyond the table": lambda m: _set(_graph(m), "link0", (2, 0), 24),
+    "link of −2": lambda m: _set(_graph(m), "link0", (2, 0), -2),
+    "upper link to an entry without that level": lambda m: (_set(_graph(m), "upper", slice(1, None), 1), _set(_graph(m), "link", (0, 0), 7)),
+    "upper link beyond the table": lambda m: _set(_graph(m), "link", (0, 0), 1 << 30),
+    "upper rows beyond the links": lambda m: _set(_graph(m), "upper", -1, 1 << 30),
+    "entry point beyond the table": lambda m: _set(_graph(m), "entry", 0, 24),
+    "negative entry point": lambda m: _set(_graph(m), "entry", 0, -1),
+    "log-sum-exp in float16": lambda m: _as(_centroid(m), "lse", np.float16),
+    "keys as integers": lambda m: _as(_centroid(m), "key", np.int32),
+    "links as floats": lambda m: _as(_graph(m), "link0", np.float32),
+    "too few values": lambda m: setattr(_centroid(m), "value", _centroid(m).value[:-1]),
+    "keys too short": lambda m: setattr(_centroid(m), "key", _centroid(m).key[:, :-1]),
+    "too few biases": lambda m: setattr(_centroid(m), "bias", _centroid(m).bias[:-1]),
+    "missing log-sum-exp": lambda m: setattr(_centroid(m), "lse", None),
+    "missing entry points": lambda m: setattr(_graph(m), "entry", None),
+    "layer beyond the model": lambda m: m.layers[0].update({9: m.layers[0][0]}),
+    "segments do not cover the prefix": lambda m: setattr(m, "segment_offset", [0, 1]),
+    "no segments": lambda m: (setattr(m, "layers", []), setattr(m, "segment_offset", [len(m.prefix_tokens)])),
+}
+
+
+@pytest.mark.parametrize("what", INVALID)
+def test_invalid_content(tiny, good, llama, what):
+    bad = copy.deepcopy(good)
+    INVALID[what](bad)
+    refused_by_both(llama, tiny.save(bad, "bad"), errors.Invalid)
+    llama._loaded.clear()
+
+
+def test_token_outside_the_vocabulary(tiny, good, llama):
+    bad = copy.deepcopy(good)
+    bad.prefix_tokens = [1 << 20, *bad.prefix_tokens[1:]]
+    with pytest.raises(errors.Invalid, match="vocabulary"):
+        llama.load_memory(tiny.save(bad, "bad-token"))
+
+
+def test_other_version(tiny, good, llama, monkeypatch):
+    monkeypatch.setattr(memory_module, "FORMAT_VERSION", 99)
+    path = tiny.save(good, "version")
+    monkeypatch.undo()
+    refused_by_both(llama, path, errors.WrongVersion, "99")
+
+
+def test_not_a_memory(llama, tiny, tmp_path):
+    refused_by_both(llama, tiny.path, errors.NotAMemory)
+    text = tmp_path / "text.mem.gguf"
+    text.write_text("hello")
+    refused_by_both(llama, text, errors.NotAMemory)
+    refused_by_both(llama, tmp_path / "missing.mem.gguf", errors.Unreadable)
+
+
+def test_other_model_and_other_finetune(tiny, good, tmp_path):
+    path = tiny.save(good, "good")
+    qwen = MemoryLlama(str(write_tiny(tmp_path / "qwen2.gguf", DEFAULT_MODEL, "qwen2")), verbose=False)
+    with pytest.raises(errors.WrongModel, match="architecture llama, this one has qwen2"):
+        qwen.attach(path)
+    finetune = MemoryLlama(str(write_tiny(tmp_path / "finetune.gguf", DEFAULT_MODEL, norm_seed=1)), verbose=False)
+    with pytest.raises(errors.WrongFinetune, match="another fine-tune"):
+        finetune.attach(path)
+    assert finetune.memories == ()
+
+
+def test_the_fingerprint_survives_quantization(tiny, good, default_model, f32_model, default_build_model):
+    """The same memory fits the quantized default and its F32 copy."""
+    memory = copy.deepcopy(good)
+    memory.model = default_build_model.spec
+    memory.layers = [{}]
+    path = tiny.save(memory, "empty")
+    for model in (default_model, f32_model):
+        assert MemoryLlama(str(model), memory=path, verbose=False).memories
+
+
+def test_a_failed_write_keeps_the_old_file(tiny, good, monkeypatch):
+    path = tiny.save(good, "kept")
+    before = path.read_bytes()
+
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        good.save(path)
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*.part"))
