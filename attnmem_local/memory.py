@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from .errors import Invalid, NotAMemory, Truncated, Unreadable, WrongVersion
 
 FORMAT_VERSION = 1
 ADAPTER_TYPE = "attention_state_memory"
+MAX_BLOCKS = 4096
+
+_BLOCK_NAME = re.compile(r"seg\.(\d{1,9})\.blk\.(\d{1,9})\.")
 
 
 @dataclass
@@ -216,7 +220,13 @@ class _Parser:
             raise Invalid(f"the key '{key}' is not UTF-8") from None
 
     def group(self, prefix: str) -> dict:
-        return {k[len(prefix) :]: f.contents() for k, f in self.reader.fields.items() if k.startswith(prefix)}
+        """All scalars below a prefix of keys."""
+        kinds = {gguf.GGUFValueType.STRING: str, gguf.GGUFValueType.UINT32: int, gguf.GGUFValueType.FLOAT32: float}
+        return {
+            key[len(prefix) :]: self.value(key, kinds.get(found.types[0], str))
+            for key, found in self.reader.fields.items()
+            if key.startswith(prefix)
+        }
 
     def tensor(self, name: str, dtypes: tuple, shape: tuple) -> np.ndarray:
         """A tensor that must be there; a dimension of None may be anything."""
@@ -248,6 +258,9 @@ class _Parser:
         if n_segments < 1 or len(segment_offset) != n_segments + 1:
             raise Invalid(f"{n_segments} segments with {len(segment_offset)} offsets")
         _check_offsets("attnmem.segment.offset", np.array(segment_offset), len(tokens))
+        if not (0 < spec.block_count <= MAX_BLOCKS and spec.head_count_kv and spec.head_count % spec.head_count_kv == 0):
+            raise Invalid(f"{spec.block_count} blocks with {spec.head_count} heads and {spec.head_count_kv} KV heads")
+        found = {tuple(map(int, m.groups())) for name in self.tensors if (m := _BLOCK_NAME.match(name))}
         memory = Memory(
             model=spec,
             prefix_tokens=tokens,
@@ -255,7 +268,11 @@ class _Parser:
             prefix_messages=self.messages(),
             segment_offset=segment_offset,
             layers=[
-                {il: layer for il in range(spec.block_count) if (layer := self.layer(f"seg.{s}.blk.{il}.", spec))}
+                {
+                    il: layer
+                    for il in range(spec.block_count)
+                    if (s, il) in found and (layer := self.layer(f"seg.{s}.blk.{il}.", spec))
+                }
                 for s in range(n_segments)
             ],
             build=self.group("attnmem.build."),

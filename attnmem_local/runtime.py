@@ -167,7 +167,8 @@ class MemoryLlama(llama_cpp.Llama):
         super().set_cache(None if cache is None else _CacheByMemory(self, cache))
 
     def close(self) -> None:
-        super().close()
+        if hasattr(self, "_stack"):  # not if __init__ was refused
+            super().close()
         self._loaded.clear()  # freed with the model
 
 

@@ -9,13 +9,13 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <queue>
+#include <utility>
 #include <vector>
 
 namespace {
 
 // number of candidates that the HNSW search keeps on level 0; recall@1 is measured in tests/test_lookup.py
-constexpr size_t MEM_HNSW_EF = 24;
+constexpr size_t MEM_HNSW_EF = 12;
 
 // rows of a table, scored against one query
 struct mem_rows {
@@ -35,9 +35,25 @@ struct mem_rows {
     float score(int64_t i) const {
         return dot(i) + bias[i];
     }
+
+    void prefetch(int64_t i) const {
+#if defined(__GNUC__)
+        for (size_t offs = 0; offs < row_size; offs += 64) {
+            __builtin_prefetch(key + i*row_size + offs);
+        }
+#else
+        GGML_UNUSED(i);
+#endif
+    }
 };
 
+using mem_candidate = std::pair<float, int32_t>; // score, entry
+
 struct mem_scratch {
+    std::vector<mem_candidate> open;  // HNSW: to be expanded, a max-heap
+    std::vector<mem_candidate> found; // HNSW: the best so far, a min-heap
+    std::vector<int32_t>       next;  // HNSW: neighbours not visited yet
+
     std::vector<uint8_t>  q;       // one query row as F16
     std::vector<float>    value;   // one value row as F32
     std::vector<float>    acc;     // [n_embd_head_v]
@@ -122,8 +138,6 @@ int64_t mem_lookup_scan(const mem_rows & rows, int64_t n) {
 // Malkov, Yashunin: Efficient and robust approximate nearest neighbor search using HNSW graphs, algorithms 2 and 5
 int64_t mem_lookup_hnsw(const mem_rows & rows, const llama_adapter_mem_graph & graph, int64_t h, int64_t first, int64_t n,
                         mem_scratch & scratch) {
-    using candidate = std::pair<float, int32_t>;
-
     const int32_t * link0 = graph.link0 + first*graph.m0;
     const int32_t * upper = graph.upper + first;
 
@@ -156,36 +170,46 @@ int64_t mem_lookup_hnsw(const mem_rows & rows, const llama_adapter_mem_graph & g
     }
 
     // best-first search on level 0
-    std::priority_queue<candidate> open;
-    std::priority_queue<candidate, std::vector<candidate>, std::greater<candidate>> found;
+    auto & open  = scratch.open;
+    auto & found = scratch.found;
+    auto & next  = scratch.next;
 
-    open .push({cur_s, cur});
-    found.push({cur_s, cur});
+    open .assign(1, {cur_s, cur});
+    found.assign(1, {cur_s, cur});
     scratch.visited[cur] = scratch.epoch;
 
-    candidate best = {cur_s, cur};
+    mem_candidate best = {cur_s, cur};
 
     while (!open.empty()) {
-        const candidate c = open.top();
-        if (c.first < found.top().first && found.size() >= MEM_HNSW_EF) {
+        const mem_candidate c = open.front();
+        if (c.first < found.front().first && found.size() >= MEM_HNSW_EF) {
             break;
         }
-        open.pop();
+        std::pop_heap(open.begin(), open.end());
+        open.pop_back();
 
+        // all rows are asked for before the first is scored, so that they arrive while others are
+        next.clear();
         const int32_t * links = link0 + (int64_t) c.second*graph.m0;
         for (int32_t j = 0; j < graph.m0 && links[j] >= 0; j++) {
-            const int32_t i = links[j];
-            if (scratch.visited[i] == scratch.epoch) {
-                continue;
+            if (scratch.visited[links[j]] != scratch.epoch) {
+                scratch.visited[links[j]] = scratch.epoch;
+                rows.prefetch(links[j]);
+                next.push_back(links[j]);
             }
-            scratch.visited[i] = scratch.epoch;
+        }
 
+        for (const int32_t i : next) {
             const float s = rows.score(i);
-            if (found.size() < MEM_HNSW_EF || s > found.top().first) {
-                open .push({s, i});
-                found.push({s, i});
+            if (found.size() < MEM_HNSW_EF || s > found.front().first) {
+                open.push_back({s, i});
+                std::push_heap(open.begin(), open.end());
+
+                found.push_back({s, i});
+                std::push_heap(found.begin(), found.end(), std::greater<mem_candidate>());
                 if (found.size() > MEM_HNSW_EF) {
-                    found.pop();
+                    std::pop_heap(found.begin(), found.end(), std::greater<mem_candidate>());
+                    found.pop_back();
                 }
                 if (s > best.first) {
                     best = {s, i};

@@ -23,7 +23,7 @@ def llama(tiny):
     return MemoryLlama(str(tiny.path), verbose=False)
 
 
-def refused_by_both(llama, path, error, match=""):
+def refused_by_both(llama, path, error, match=None):
     with pytest.raises(error, match=match):
         Memory.load(path)
     with pytest.raises(error, match=match):
