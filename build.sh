@@ -37,7 +37,7 @@ once() {
 
 make_venv() {
     say "creating .venv"
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or newer is needed"
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "Python 3.11 or newer is needed"
     "${PYTHON:-python3}" -m venv .venv
     $py -m pip install -q "scikit-build-core[pyproject]>=0.11" "cmake>=3.21" ninja
     rm -rf build/stamps
@@ -91,7 +91,7 @@ build_stock() {
     mkdir -p build/stock-tree
     tar xzf "build/$SDIST_NAME.tar.gz" -C build/stock-tree --strip-components 1
     # shellcheck disable=SC2086
-    .venv/bin/cmake -S build/stock-tree/vendor/llama.cpp -B build/stock -G Ninja ${CMAKE_ARGS:-} -Wno-dev \
+    .venv/bin/cmake -S build/stock-tree/vendor/llama.cpp -B build/stock -G Ninja ${CMAKE_ARGS:-} \
         -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON >/dev/null
     .venv/bin/cmake --build build/stock --target llama >/dev/null
 }

@@ -1,8 +1,9 @@
 """MemoryLlama: a llama_cpp.Llama that answers with memories instead of prefixes."""
 
+import hashlib
 import json
-import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Sequence
 
@@ -32,6 +33,12 @@ class LoadedMemory:
         """A scalar metadata value of the file as text, None if it has no such key."""
         return native.metadata(self.handle, key)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the file's content."""
+        with open(self.path, "rb") as f:
+            return hashlib.file_digest(f, "blake2b").hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Attached:
@@ -54,7 +61,7 @@ class MemoryLlama(llama_cpp.Llama):
         if lookup not in native.LOOKUPS:
             raise ValueError(f"lookup must be one of {sorted(native.LOOKUPS)}, not '{lookup}'")
         self._attached: list[Attached] = []
-        self._loaded: dict[Path, LoadedMemory] = {}
+        self._loaded: dict[tuple[Path, int], LoadedMemory] = {}
         self._lookup = lookup
         super().__init__(model_path, **options)
         if not {"chat_format", "chat_handler"} & options.keys() and "chat_template.default" in self._chat_handlers:
@@ -74,8 +81,9 @@ class MemoryLlama(llama_cpp.Llama):
         return self._lookup
 
     def load_memory(self, path: str | Path) -> LoadedMemory:
-        """Load a memory without attaching it. A file is loaded once."""
-        key = Path(path).resolve()
+        """Load a memory without attaching it. A file is loaded once, and again when it has changed."""
+        path = Path(path)
+        key = (path.resolve(), path.stat().st_mtime_ns if path.exists() else 0)
         if key not in self._loaded:
             self._loaded[key] = LoadedMemory(self, path)
         return self._loaded[key]
@@ -90,10 +98,11 @@ class MemoryLlama(llama_cpp.Llama):
 
     def detach(self, memory: str | Path | LoadedMemory | None = None) -> None:
         """Detach one memory, or all."""
-        loaded = memory if memory is None or isinstance(memory, LoadedMemory) else self.load_memory(memory)
-        if loaded is not None and all(a.memory is not loaded for a in self._attached):
-            raise ValueError(f"'{loaded.path}' is not attached")
-        self._set([a for a in self._attached if loaded is not None and a.memory is not loaded], self._lookup)
+        path = memory.path if isinstance(memory, LoadedMemory) else memory
+        kept = [] if path is None else [a for a in self._attached if a.memory.path.resolve() != Path(path).resolve()]
+        if path is not None and len(kept) == len(self._attached):
+            raise ValueError(f"'{path}' is not attached")
+        self._set(kept, self._lookup)
 
     def set_lookup(self, lookup: str) -> None:
         """Change how the nearest entry is found."""
@@ -148,9 +157,9 @@ class MemoryLlama(llama_cpp.Llama):
     # saved states belong to the memories they were computed with
 
     def _memory_key(self) -> tuple[int, ...]:
-        """A token that no vocabulary has, for what is attached; empty when nothing is."""
-        what = [(a.memory.path.resolve().as_posix(), a.memory.path.stat().st_mtime_ns, a.gain) for a in self._attached]
-        return (-1 - zlib.crc32(repr(what).encode()),) if what else ()
+        """Numbers that no vocabulary has as tokens, for what is attached; empty when nothing is."""
+        what = repr([(a.memory.fingerprint, a.gain) for a in self._attached])
+        return tuple(-1 - byte for byte in hashlib.blake2b(what.encode(), digest_size=8).digest()) if self._attached else ()
 
     def save_state(self):
         state = super().save_state()

@@ -1,0 +1,124 @@
+"""The builder: where models, prefixes and queries come from."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from attnmem_local import errors
+from attnmem_local.build import build_memory
+from attnmem_local.capture import prefill
+from attnmem_local.entries import cluster, mean_state
+from attnmem_local.memory import Memory
+from attnmem_local.model import load_model
+from attnmem_local.prefix import chat_prefix, drop_prefix, with_prefix_messages
+from attnmem_local.queries.repeat_prefill import repeat_prefill
+from attnmem_local.queries.self_study import self_study
+from attnmem_local.queries.traces import read_traces, traces
+from attnmem_local.runtime import MemoryLlama
+
+SYSTEM = [{"role": "system", "content": "You sell tea. Green tea is 4 euros, black tea is 3."}]
+
+
+def test_a_transformers_directory_gives_the_same_memory_as_its_gguf(tiny, tmp_path):
+    tiny.model.module.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny.folder, gguf_file=tiny.path.name).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert model.spec == tiny.model.spec
+    assert all(torch.equal(a, b) for a, b in zip(prefill(model, tiny.prefix.tokens).k, tiny.kv.k))
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path):
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(errors.Unsupported, match="'gpt2'"):
+        load_model(tmp_path)
+
+
+def test_chunks_do_not_change_the_prefix(tiny):
+    chunked = prefill(tiny.model, tiny.prefix.tokens, chunk=17)
+    for a, b in zip(chunked.k + chunked.v, tiny.kv.k + tiny.kv.v):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_build_from_chat_messages(tiny, tmp_path):
+    out = tmp_path / "chat.mem.gguf"
+    built = build_memory(tiny.model, SYSTEM, out, entries=16, windows=2)
+    memory = Memory.load(out)
+    assert memory.prefix_messages == SYSTEM and memory.prefix_tokens == built.prefix_tokens
+    assert memory.build["queries"] == "repeat, self-study"
+    assert memory.n_entries("centroid").max() <= 16
+    answer = MemoryLlama(str(tiny.path), memory=out, verbose=False).create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=2)
+    assert answer["choices"]
+
+
+def test_metrics_and_states(tiny):
+    """Both metrics and both states give a memory that stands for its prefix better than nothing does."""
+    from attnmem_local.evaluate import fidelity
+
+    for options in ({"metric": "l2", "state": "exact"}, {"metric": "l2", "state": "mean"}, {"metric": "cosine", "state": "mean"}):
+        path = tiny.save(tiny.fitted(entries=128, **options), "options")
+        result = fidelity(tiny.path, path, [tiny.live])
+        without = fidelity(tiny.path, tiny.save(tiny.fitted(entries=1), "one"), [tiny.live])
+        assert result["kl_mean"] < without["kl_mean"]
+
+
+def test_no_queries(tiny, tmp_path):
+    with pytest.raises(ValueError, match="no queries"):
+        build_memory(tiny.model, SYSTEM, tmp_path / "x.gguf", queries=[[]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mean_state_of_a_cluster():
+    """Z is the mean of exp(lse), o the Z-weighted mean: equation 5 of arXiv 2605.18226."""
+    o, lse = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]), torch.tensor([0.0, float(np.log(3)), 2.0])
+    mean, log_z = mean_state(o, lse, torch.tensor([0, 0, 1]))
+    assert torch.allclose(log_z, torch.tensor([float(np.log(2)), 2.0]))
+    assert torch.allclose(mean, torch.tensor([[0.25, 0.75], [5.0, 5.0]]))
+
+
+def test_cluster_finds_separate_groups():
+    g = torch.Generator().manual_seed(0)
+    centers = 10 * torch.randn(8, 4, generator=g)
+    q = (centers[:, None] + 0.01 * torch.randn(8, 50, 4, generator=g)).flatten(0, 1)
+    centroid, nearest = cluster(q, 8, "l2", torch.Generator().manual_seed(1))
+    assert (q - centroid[nearest]).norm(dim=-1).median() < 0.1
+    assert len(cluster(q[:5], 8, "l2", g)[0]) <= 5  # fewer queries than entries
+    assert len(cluster(q[:1].repeat(9, 1), 8, "l2", g)[0]) == 1  # equal queries
+
+
+def test_self_study_is_live_text_about_the_prefix(tiny):
+    prefix = chat_prefix(tiny.model.tokenizer, SYSTEM)
+    kv = prefill(tiny.model, prefix.tokens)
+    windows = self_study(tiny.model, prefix, kv, n_windows=9, window=48, seed=3)
+    assert [len(w) for w in windows] == [48] * 9
+    assert windows == self_study(tiny.model, prefix, kv, n_windows=9, window=48, seed=3)
+    assert tiny.model.tokenizer.decode(windows[0]).startswith("Summarize")
+
+
+def test_repeat_prefill_covers_the_prefix(tiny):
+    windows = repeat_prefill(tiny.prefix, 100)
+    assert sum(windows, []) == tiny.prefix.tokens and max(map(len, windows)) == 100
+
+
+def test_traces(tiny, tmp_path):
+    path = tmp_path / "t.jsonl"
+    chat = [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "4 euros"}]
+    path.write_text(json.dumps({"text": "Green tea"}) + "\n\n" + json.dumps({"messages": chat}))
+    prefix = chat_prefix(tiny.model.tokenizer, SYSTEM)
+    text, rendered = traces(tiny.model.tokenizer, prefix, read_traces(path), window=1000)
+    assert tiny.model.tokenizer.decode(text) == "Green tea"
+    assert prefix.tokens + rendered == tiny.model.tokenizer.render([*SYSTEM, *chat], False)
+
+
+def test_prefix_of_a_chat(tiny):
+    tokenizer = tiny.model.tokenizer
+    prefix = chat_prefix(tokenizer, SYSTEM)
+    for content in ("Hi", "9 to 5?", "\n", "<|im_end|>"):
+        chat = tokenizer.render([*SYSTEM, {"role": "user", "content": content}], True)
+        assert prefix.tokens + drop_prefix(chat, prefix.tokens) == chat
+    with pytest.raises(errors.PrefixMismatch, match="tokens agree"):
+        drop_prefix(tokenizer.render([{"role": "user", "content": "Hi"}], True), prefix.tokens)
+    with pytest.raises(errors.PrefixMismatch, match="another one"):
+        with_prefix_messages([{"role": "system", "content": "x"}], SYSTEM)
