@@ -20,6 +20,7 @@ from .queries.traces import read_traces, traces
 from .state import exact_state
 
 WINDOW = 384  # tokens of live text in one window
+STUDY_WINDOW = 192  # of self-study: more and shorter windows are written faster than few long ones
 
 
 def build_memory(
@@ -63,8 +64,8 @@ def build_memory(
     texts: list[list[int]] = []
     for source in queries:
         if source == "self-study":
-            with progress.stage("self-study", windows * WINDOW) as step:
-                texts += self_study(model, prefix, kv, windows, WINDOW, seed, step)
+            with progress.stage("self-study", windows * STUDY_WINDOW) as step:
+                texts += self_study(model, prefix, kv, windows, STUDY_WINDOW, seed, step)
         elif source == "repeat":
             texts += repeat_prefill(prefix, WINDOW)
         else:

@@ -32,7 +32,7 @@ def _attention(module, query, key, value, attention_mask, scaling, session: Sess
     q = q.view(batch, n_head_kv, -1, n_tokens, d_k)
     state = causal_state(q, k[:, :, None].float(), v[:, :, None].float(), scaling)
     if past is not None:
-        state = merge(tuple(x.view(state[i].shape) for i, x in enumerate(past)), state)
+        state = merge(tuple(x.reshape(state[i].shape) for i, x in enumerate(past)), state)
     out = state[0].reshape(batch, n_head, n_tokens, -1)
     return out.transpose(1, 2).to(query.dtype), None
 
@@ -49,9 +49,10 @@ class PrefixKV:
     v: list[torch.Tensor] = field(default_factory=list)  # per layer [n_head_kv, P, d_v] float32
 
     def state(self, layer: int, q: torch.Tensor, scale: float) -> State:
-        """Exact state of q [..., n_head_kv, n_q, d_k]."""
-        k, v = self.k[layer], self.v[layer]
-        return exact_state(q, k.expand(*q.shape[:-3], *k.shape), v.expand(*q.shape[:-3], *v.shape), scale)
+        """Exact state of q [batch, n_head_kv, n_q, d_k]."""
+        batch = len(q)
+        q = q.transpose(0, 1).flatten(1, 2)  # the batch shares the prefix: one matrix product per KV head
+        return tuple(x.unflatten(1, (batch, -1)).transpose(0, 1) for x in exact_state(q, self.k[layer], self.v[layer], scale))
 
 
 class _Prefill:

@@ -58,10 +58,10 @@ class MemoryLlama(llama_cpp.Llama):
     """
 
     def __init__(self, model_path: str, *, memory=(), lookup: str = "auto", **options):
-        if lookup not in native.LOOKUPS:
-            raise ValueError(f"lookup must be one of {sorted(native.LOOKUPS)}, not '{lookup}'")
         self._attached: list[Attached] = []
         self._loaded: dict[tuple[Path, int], LoadedMemory] = {}
+        if lookup not in native.LOOKUPS:
+            raise ValueError(f"lookup must be one of {sorted(native.LOOKUPS)}, not '{lookup}'")
         self._lookup = lookup
         super().__init__(model_path, **options)
         if not {"chat_format", "chat_handler"} & options.keys() and "chat_template.default" in self._chat_handlers:

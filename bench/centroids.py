@@ -1,6 +1,6 @@
 """Centroids only, on the set-up of docs/quality.md: fidelity, HNSW against scan, and decode speed.
 
-    .venv/bin/python bench/centroids.py [--entries 2048] [--json]
+    .venv/bin/python bench/centroids.py [--entries 2048] [--metric l2] [--state mean] [--json]
 
 Prefix: the first 2,048 tokens of the README of llama.cpp's server. Twenty later segments of 384 tokens are the build
 text, segments 3 and 9 are held out and scored. Fidelity is measured on an F32 copy of the default model, where the
@@ -9,6 +9,7 @@ alternating between no prefix, full prefix and memory in one run; the figures ar
 """
 
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def main(entries: int, metric: str, state: str, as_json: bool) -> None:
     path = BUILD / "bench-centroids.mem.gguf"
     memory.save(path)
 
-    result = {"bytes": memory.nbytes(), "kv_bytes": memory.kv_bytes(), "build_seconds": progress.seconds}
+    result: dict = {"entries": entries, "metric": metric, "state": state, "threads": os.cpu_count()}
+    result |= {"bytes": memory.nbytes(), "kv_bytes": memory.kv_bytes(), "build_seconds": progress.seconds}
     with progress.stage("score"):
         for name, gguf in (("f32", f32), ("default", DEFAULT_MODEL)):
             for lookup in ("scan", "hnsw"):
@@ -71,14 +73,15 @@ def main(entries: int, metric: str, state: str, as_json: bool) -> None:
 
 def decode(memory: Path, prefix: list[int], live: list[int], rounds: int = 5, n: int = 24) -> dict[str, float]:
     """Median ms per token of each run, taken in turns."""
-    scorers = {
-        "none": Scorer(DEFAULT_MODEL),
-        "full": Scorer(DEFAULT_MODEL, prefix),
-        "full_flash": Scorer(DEFAULT_MODEL, prefix, flash_attn=True),
-        "memory_scan": Scorer(DEFAULT_MODEL, memory=memory, lookup="scan"),
-        "memory_hnsw": Scorer(DEFAULT_MODEL, memory=memory, lookup="hnsw"),
-        "memory_auto": Scorer(DEFAULT_MODEL, memory=memory),
+    runs = {
+        "none": {},
+        "full": {"prefix": prefix},
+        "full_flash": {"prefix": prefix, "flash_attn": True},
+        "memory_stock": {"memory": memory, "lookup": "stock"},
+        "memory_scan": {"memory": memory, "lookup": "scan"},
+        "memory_hnsw": {"memory": memory, "lookup": "hnsw"},
     }
+    scorers = {name: Scorer(DEFAULT_MODEL, n_threads=os.cpu_count(), **options) for name, options in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for _ in range(rounds):
         for name, scorer in scorers.items():

@@ -1,5 +1,6 @@
 """The builder: where models, prefixes and queries come from."""
 
+import copy
 import json
 
 import numpy as np
@@ -23,7 +24,12 @@ SYSTEM = [{"role": "system", "content": "You sell tea. Green tea is 4 euros, bla
 
 
 def test_a_transformers_directory_gives_the_same_memory_as_its_gguf(tiny, tmp_path):
-    tiny.model.module.save_pretrained(tmp_path)
+    module = tiny.model.module
+    config = copy.deepcopy(module.config)
+    del config.quantization_config  # "gguf", which transformers does not save
+    plain = type(module)(config)
+    plain.load_state_dict(module.state_dict())
+    plain.save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(tiny.folder, gguf_file=tiny.path.name).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert model.spec == tiny.model.spec
@@ -78,12 +84,16 @@ def test_mean_state_of_a_cluster():
     assert torch.allclose(mean, torch.tensor([[0.25, 0.75], [5.0, 5.0]]))
 
 
-def test_cluster_finds_separate_groups():
+def test_cluster():
     g = torch.Generator().manual_seed(0)
-    centers = 10 * torch.randn(8, 4, generator=g)
-    q = (centers[:, None] + 0.01 * torch.randn(8, 50, 4, generator=g)).flatten(0, 1)
-    centroid, nearest = cluster(q, 8, "l2", torch.Generator().manual_seed(1))
-    assert (q - centroid[nearest]).norm(dim=-1).median() < 0.1
+    groups = 10 * torch.randn(8, 4, generator=g)
+    q = (groups[:, None] + 0.01 * torch.randn(8, 50, 4, generator=g)).flatten(0, 1)
+    for metric in ("l2", "cosine"):
+        centroid, nearest = cluster(q, 32, metric, torch.Generator().manual_seed(1))
+        assert len(centroid) <= 32
+        assert (q - centroid[nearest]).norm(dim=-1).max() < 0.1
+        for i in range(len(centroid)):
+            assert torch.allclose(centroid[i], q[nearest == i].mean(0), atol=1e-4)
     assert len(cluster(q[:5], 8, "l2", g)[0]) <= 5  # fewer queries than entries
     assert len(cluster(q[:1].repeat(9, 1), 8, "l2", g)[0]) == 1  # equal queries
 

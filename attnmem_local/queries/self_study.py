@@ -30,23 +30,21 @@ def self_study(
 ) -> list[list[int]]:
     """Windows of `window` tokens: a request about the prefix and what the model samples after it (temperature 1)."""
     generator = torch.Generator().manual_seed(seed)
-    windows = []
-    for request in _REQUESTS:
-        copies = len(range(_REQUESTS.index(request), n_windows, len(_REQUESTS)))
-        if not copies:
-            continue
-        prompt = _prompt(model, prefix, request)[:window]
-        tokens = torch.tensor([prompt] * copies)
-        session = Live(kv.state)
-        logits = session.run(model, tokens)[:, -1]
-        progress(tokens.numel())
-        while tokens.shape[1] < window:
-            drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
-            tokens = torch.cat((tokens, drawn), dim=1)
-            logits = session.run(model, drawn)[:, -1]
-            progress(copies)
-        windows += tokens.tolist()
-    return windows
+    prompts = [_prompt(model, prefix, _REQUESTS[i % len(_REQUESTS)])[:window] for i in range(n_windows)]
+    n = min(map(len, prompts))
+    tokens = torch.tensor([prompt[:n] for prompt in prompts])
+    session = Live(kv.state)
+    logits = session.run(model, tokens)[:, -1]
+    progress(tokens.numel())
+    while tokens.shape[1] < window:
+        drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+        for row, prompt in zip(drawn, prompts):  # all rows advance together: longer prompts are still being read
+            if len(prompt) > tokens.shape[1]:
+                row[0] = prompt[tokens.shape[1]]
+        tokens = torch.cat((tokens, drawn), dim=1)
+        logits = session.run(model, drawn)[:, -1]
+        progress(n_windows)
+    return tokens.tolist()
 
 
 def _prompt(model, prefix: Prefix, request: str) -> list[int]:
