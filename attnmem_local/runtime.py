@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +67,7 @@ class MemoryLlama(llama_cpp.Llama):
         super().__init__(model_path, **options)
         if not {"chat_format", "chat_handler"} & options.keys() and "chat_template.default" in self._chat_handlers:
             self.chat_format = "chat_template.default"  # prefixes are rendered with the model's own template
-        for item in [memory] if isinstance(memory, (str, Path, LoadedMemory)) else memory:
+        for item in [memory] if isinstance(memory, (str, Path, LoadedMemory)) else memory or ():
             self.attach(item)
 
     # attaching
@@ -90,6 +91,8 @@ class MemoryLlama(llama_cpp.Llama):
 
     def attach(self, memory: str | Path | LoadedMemory, gain: float = 0.0) -> LoadedMemory:
         """Attach a memory beside those attached, or set the gain of one that is."""
+        if not gain < math.inf:  # NaN too
+            raise ValueError(f"a gain is a finite number or −inf, not {gain}")
         loaded = memory if isinstance(memory, LoadedMemory) else self.load_memory(memory)
         others = [a for a in self._attached if a.memory is not loaded]
         at = next((i for i, a in enumerate(self._attached) if a.memory is loaded), len(others))

@@ -78,6 +78,8 @@ def test_gain(tiny, exact):
         strong = run.log_probs(tiny.live)
         assert kl(none, weak).mean() > 1e-3 and kl(strong, weak).mean() > 1e-3
         assert len(run.llama.memories) == 1
+        with pytest.raises(ValueError, match="gain"):
+            run.llama.attach(exact, gain=np.nan)
 
 
 def test_attaching_forgets_the_live_tokens(tiny, exact):
