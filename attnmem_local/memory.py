@@ -10,10 +10,13 @@ import gguf
 import numpy as np
 
 from .errors import Invalid, NotAMemory, Truncated, Unreadable, WrongVersion
+from .prefix import parse_messages
 
 FORMAT_VERSION = 1
 ADAPTER_TYPE = "attention_state_memory"
 MAX_BLOCKS = 4096
+MAX_SEGMENTS = 256
+MAX_ABS = np.float32(1e15)  # larger numbers could overflow in a product
 
 _BLOCK_NAME = re.compile(r"seg\.(\d{1,9})\.blk\.(\d{1,9})\.")
 
@@ -237,8 +240,8 @@ class _Parser:
             raise Invalid(f"the tensor '{name}' has type {array.dtype}, expected {' or '.join(np.dtype(d).name for d in dtypes)}")
         if array.ndim != len(shape) or any(b is not None and a != b for a, b in zip(array.shape, shape)):
             raise Invalid(f"the tensor '{name}' has shape {array.shape}, expected {shape}")
-        if array.dtype != np.int32 and not (np.isfinite(array) | (name.endswith(".lse") & (array == -np.inf))).all():
-            raise Invalid(f"the tensor '{name}' has a value that is not finite")
+        if array.dtype != np.int32 and not ((np.abs(array) <= MAX_ABS) | (name.endswith(".lse") & (array == -np.inf))).all():
+            raise Invalid(f"the tensor '{name}' has a value that is not finite or too large")
         self.n_used += 1
         return array
 
@@ -255,7 +258,7 @@ class _Parser:
         tokens = self.value("attnmem.prefix.tokens", list)
         n_segments = self.value("attnmem.segment.count", int)
         segment_offset = self.value("attnmem.segment.offset", list)
-        if n_segments < 1 or len(segment_offset) != n_segments + 1:
+        if not 1 <= n_segments <= MAX_SEGMENTS or len(segment_offset) != n_segments + 1:
             raise Invalid(f"{n_segments} segments with {len(segment_offset)} offsets")
         _check_offsets("attnmem.segment.offset", np.array(segment_offset), len(tokens))
         if not (0 < spec.block_count <= MAX_BLOCKS and spec.head_count_kv and spec.head_count % spec.head_count_kv == 0):
@@ -286,9 +289,9 @@ class _Parser:
         if "attnmem.prefix.messages" not in self.reader.fields:
             return None
         try:
-            return json.loads(self.value("attnmem.prefix.messages", str))
-        except json.JSONDecodeError as error:
-            raise Invalid(f"the key 'attnmem.prefix.messages' is not JSON: {error}") from None
+            return parse_messages(self.value("attnmem.prefix.messages", str))
+        except ValueError as error:
+            raise Invalid(f"the key 'attnmem.prefix.messages': {error}") from None
 
     def layer(self, prefix: str, spec: ModelSpec) -> LayerMemory | None:
         centroid = self.entries(prefix + "centroid.", spec, has_lse=True)

@@ -74,12 +74,17 @@ def set_memories(context, handles: list[int], gains: list[float], lookup: str) -
         raise refusal(error.value.decode(errors="replace"))
 
 
-def state(handle: int, layer: int, q: np.ndarray, d_v: int, lookup: str) -> np.ndarray:
+def state(handle: int, layer: int, q: np.ndarray, lookup: str) -> np.ndarray:
     """States of a memory for queries of one layer.
 
     q: float32 [n_tokens, n_head, d_k], after RoPE, in GGUF order.
-    Returns float32 [n_tokens, n_head, d_v + 1], the log-sum-exp last.
+    Returns float32 [n_tokens, n_head, d_v + 1], the log-sum-exp last. Raises ValueError for another shape.
     """
+    n_head, d_k, d_v = (
+        int(metadata(handle, f"attnmem.attention.{key}")) for key in ("head_count", "key_length", "value_length")
+    )
+    if q.ndim != 3 or q.shape[1:] != (n_head, d_k):
+        raise ValueError(f"queries have shape {q.shape}, expected [n_tokens, {n_head}, {d_k}]")
     q = np.ascontiguousarray(q, dtype=np.float32)
     out = np.empty((*q.shape[:2], d_v + 1), dtype=np.float32)
     pointer = POINTER(c_float)

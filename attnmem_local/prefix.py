@@ -33,13 +33,21 @@ def read_prefix(tokenizer, path: str | Path, system: bool = False) -> Prefix:
     """A prefix from a file: `.json` holds chat messages, anything else is text (with `system`, of the system turn)."""
     text = Path(path).read_text(encoding="utf-8")
     if Path(path).suffix == ".json":
-        messages = json.loads(text)
-        if not (isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)):
-            raise ValueError(f"'{path}' must hold a list of chat messages, each with a role and a content")
-        return chat_prefix(tokenizer, messages)
+        return chat_prefix(tokenizer, parse_messages(text))
     if system:
         return chat_prefix(tokenizer, [{"role": "system", "content": text}])
     return text_prefix(tokenizer, text)
+
+
+def parse_messages(text: str) -> list[dict]:
+    """Chat messages from JSON. Raises ValueError."""
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"chat messages are not JSON: {error}") from None
+    if not (isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)):
+        raise ValueError("chat messages are a JSON list of objects, each with a role and a content")
+    return messages
 
 
 def drop_prefix(tokens: list[int], prefix_tokens: list[int]) -> list[int]:

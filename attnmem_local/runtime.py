@@ -1,8 +1,6 @@
 """MemoryLlama: a llama_cpp.Llama that answers with memories instead of prefixes."""
 
 import hashlib
-import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +10,8 @@ import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from . import native
-from .errors import MemoryRefused
-from .prefix import drop_prefix, with_prefix_messages
+from .errors import Invalid, MemoryRefused
+from .prefix import drop_prefix, parse_messages, with_prefix_messages
 
 
 class LoadedMemory:
@@ -21,14 +19,21 @@ class LoadedMemory:
 
     def __init__(self, llama: "MemoryLlama", path: str | Path):
         self.path = Path(path)
-        self.handle = native.init(llama.model, str(path))
+        self._handle: int | None = native.init(llama.model, str(path))
+        self._changed = self.path.stat().st_mtime_ns
         self.prefix_tokens = native.prefix_tokens(self.handle)
+        messages = native.metadata(self.handle, "attnmem.prefix.messages")
         try:
-            messages = native.metadata(self.handle, "attnmem.prefix.messages")
-            self.prefix_messages: list[dict] | None = None if messages is None else json.loads(messages)
-        except json.JSONDecodeError as error:
+            self.prefix_messages = None if messages is None else parse_messages(messages)
+        except ValueError as error:
             native.free(self.handle)
-            raise MemoryRefused(f"the key 'attnmem.prefix.messages' of '{path}' is not JSON: {error}") from None
+            raise Invalid(f"the key 'attnmem.prefix.messages' of '{path}': {error}") from None
+
+    @property
+    def handle(self) -> int:
+        if self._handle is None:
+            raise ValueError(f"'{self.path}' was freed with the model it was loaded for")
+        return self._handle
 
     def metadata(self, key: str) -> str | None:
         """A scalar metadata value of the file as text, None if it has no such key."""
@@ -36,7 +41,9 @@ class LoadedMemory:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the file's content."""
+        """Hash of the file's content. Raises MemoryRefused if the file has changed since it was loaded."""
+        if not self.path.exists() or self.path.stat().st_mtime_ns != self._changed:
+            raise MemoryRefused(f"'{self.path}' has changed since it was loaded; attach it again")
         with open(self.path, "rb") as f:
             return hashlib.file_digest(f, "blake2b").hexdigest()[:16]
 
@@ -91,11 +98,10 @@ class MemoryLlama(llama_cpp.Llama):
 
     def attach(self, memory: str | Path | LoadedMemory, gain: float = 0.0) -> LoadedMemory:
         """Attach a memory beside those attached, or set the gain of one that is."""
-        if not gain < math.inf:  # NaN too
-            raise ValueError(f"a gain is a finite number or −inf, not {gain}")
         loaded = memory if isinstance(memory, LoadedMemory) else self.load_memory(memory)
-        others = [a for a in self._attached if a.memory is not loaded]
-        at = next((i for i, a in enumerate(self._attached) if a.memory is loaded), len(others))
+        path = loaded.path.resolve()
+        others = [a for a in self._attached if a.memory.path.resolve() != path]
+        at = next((i for i, a in enumerate(self._attached) if a.memory.path.resolve() == path), len(others))
         self._set([*others[:at], Attached(loaded, gain), *others[at:]], self._lookup)
         return loaded
 
@@ -181,7 +187,9 @@ class MemoryLlama(llama_cpp.Llama):
     def close(self) -> None:
         if hasattr(self, "_stack"):  # not if __init__ was refused
             super().close()
-        self._loaded.clear()  # freed with the model
+        for loaded in self._loaded.values():
+            loaded._handle = None  # freed with the model
+        self._attached = []
 
 
 class _CacheByMemory(BaseLlamaCache):

@@ -13,6 +13,9 @@
 // up to this many tokens a batch is searched query by query, above it the matrix product of the stock path is faster
 static constexpr int64_t MEM_OP_MAX_TOKENS = 16;
 
+static constexpr float    MEM_MAX_GAIN  = 1e4f;
+static constexpr uint64_t MEM_MAX_NODES = 1 << 20;
+
 // tables below this size are scanned faster than their HNSW graph is walked
 static constexpr int64_t MEM_HNSW_MIN_ENTRIES = 1024;
 
@@ -20,11 +23,23 @@ llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapter
     : lookup(lookup) {
     size_t n_layer = 0;
     for (size_t i = 0; i < n_adapters; i++) {
+        if (!adapters[i] || !(gains[i] <= MEM_MAX_GAIN)) {
+            throw std::runtime_error(format("invalid: a gain is a number up to %g or -inf, not %g", MEM_MAX_GAIN, gains[i]));
+        }
+    }
+    for (size_t i = 0; i < n_adapters; i++) {
         items.push_back({adapters[i], gains[i]});
+        adapters[i]->n_attached++;
         n_layer = std::max(n_layer, adapters[i]->layers.size());
     }
     params.resize(n_layer);
     layers_reached.resize(n_layer);
+}
+
+llama_adapter_mems::~llama_adapter_mems() {
+    for (const auto & item : items) {
+        item.adapter->n_attached--;
+    }
 }
 
 bool llama_adapter_mems::has_layer(int il) const {
@@ -56,7 +71,22 @@ bool llama_adapter_mems::same(llama_adapter_mem * const * adapters, const float 
     return true;
 }
 
-void llama_adapter_mems::check_cparams(const llama_cparams & cparams) const {
+void llama_adapter_mems::check(const llama_model & model, const llama_cparams & cparams) const {
+    if (items.empty()) {
+        return;
+    }
+
+    uint64_t n_nodes = 0;
+    for (const auto & item : items) {
+        if (item.adapter->model != &model) {
+            throw std::runtime_error("wrong_model: the memory was loaded for another model; load it for the model of this context");
+        }
+        n_nodes += item.adapter->get_n_nodes();
+    }
+    if (n_nodes > MEM_MAX_NODES) {
+        throw std::runtime_error(format("unsupported: the memories have too many segments (%llu graph nodes)", (unsigned long long) n_nodes));
+    }
+
     auto differs = [](float a, float b) { return std::fabs(a - b) > 1e-6f*std::fabs(b); };
 
     if (cparams.embeddings) {
@@ -216,8 +246,9 @@ ggml_tensor * llama_adapter_mems::build_attn_stock(
 
         ggml_tensor * p = ggml_soft_max(ctx, logits);
 
+        // contiguous, because some backends want even strides in a matrix product
         auto columns_of = [&](int64_t first, int64_t n) {
-            return ggml_view_3d(ctx, p, n, n_tokens, n_gqa, p->nb[1], p->nb[2], first*p->nb[0]);
+            return ggml_cont(ctx, ggml_view_3d(ctx, p, n, n_tokens, n_gqa, p->nb[1], p->nb[2], first*p->nb[0]));
         };
 
         ggml_tensor * kqv = ggml_mul_mat(ctx, v_h, columns_of(0, n_kv));

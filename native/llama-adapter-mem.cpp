@@ -17,7 +17,9 @@
 #include <stdexcept>
 
 static constexpr uint32_t MEM_FORMAT_VERSION = 1;
-static constexpr uint32_t MEM_MAX_SEGMENTS   = 4096;
+static constexpr uint32_t MEM_MAX_SEGMENTS   = 256;
+static constexpr size_t   MEM_LAYER_TENSORS  = 13;    // of one segment at most: 9 for centroids, 4 for anchors
+static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could overflow in a product
 
 //
 // fingerprint of a model that survives quantization
@@ -78,6 +80,12 @@ struct mem_file {
 
     const llama_mmap * mapping = nullptr;
 
+    struct entry {
+        ggml_tensor * tensor;
+        const void  * data;
+    };
+    std::unordered_map<std::string, entry> tensors;
+
     int64_t find(const char * key, gguf_type type) const {
         const int64_t id = gguf_find_key(gguf.get(), key);
         if (id < 0) {
@@ -104,7 +112,8 @@ struct mem_file {
     }
 
     ggml_tensor * tensor(const std::string & name) const {
-        return ggml_get_tensor(meta.get(), name.c_str());
+        const auto it = tensors.find(name);
+        return it == tensors.end() ? nullptr : it->second.tensor;
     }
 
     // a tensor that must be there, with this shape; a dimension of -1 may be anything
@@ -124,8 +133,7 @@ struct mem_file {
     }
 
     const void * data(const ggml_tensor * t) const {
-        const int64_t id = gguf_find_tensor(gguf.get(), t->name);
-        return (const char *) mapping->addr() + gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), id);
+        return tensors.at(t->name).data;
     }
 
     const int32_t * data_i32(const ggml_tensor * t) const { return (const int32_t *) data(t); }
@@ -170,6 +178,10 @@ mem_file mem_open(const char * path, std::unique_ptr<llama_mmap> & mapping) {
         if (begin % sizeof(float) != 0) {
             refuse(format("invalid: the tensor '%s' is not aligned", gguf_get_tensor_name(file.gguf.get(), i)));
         }
+        file.tensors[gguf_get_tensor_name(file.gguf.get(), i)] = { nullptr, (const char *) mapping->addr() + begin };
+    }
+    for (ggml_tensor * t = ggml_get_first_tensor(meta); t; t = ggml_get_next_tensor(meta, t)) {
+        file.tensors.at(t->name).tensor = t;
     }
 
     return file;
@@ -244,14 +256,14 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
     }
 }
 
-// a row of F32 or F16 numbers, all finite; -INFINITY is allowed where it means an empty state
+// F32 or F16 numbers, all finite and of moderate size; -INFINITY is allowed where it means an empty state
 void mem_check_finite(const mem_file & file, const ggml_tensor * t, bool allow_minus_inf = false) {
     const int64_t n = ggml_nelements(t);
     bool ok = true;
     if (t->type == GGML_TYPE_F32) {
         const float * x = (const float *) file.data(t);
         for (int64_t i = 0; i < n; i++) {
-            ok &= std::isfinite(x[i]) || (allow_minus_inf && x[i] == -INFINITY);
+            ok &= std::fabs(x[i]) <= MEM_MAX_ABS || (allow_minus_inf && x[i] == -INFINITY);
         }
     } else {
         const uint16_t * x = (const uint16_t *) file.data(t);
@@ -260,7 +272,7 @@ void mem_check_finite(const mem_file & file, const ggml_tensor * t, bool allow_m
         }
     }
     if (!ok) {
-        refuse(format("invalid: the tensor '%s' has a value that is not finite", t->name));
+        refuse(format("invalid: the tensor '%s' has a value that is not finite or too large", t->name));
     }
 }
 
@@ -376,6 +388,10 @@ void llama_adapter_mem::load(const char * path) {
 
     const auto & hparams = model->hparams;
 
+    if (file.tensors.size() > MEM_LAYER_TENSORS*n_segments*hparams.n_layer()) {
+        refuse(format("invalid: %zu tensors are too many for %u segments of %u layers", file.tensors.size(), n_segments, hparams.n_layer()));
+    }
+
     size_t n_tensors = 0;
 
     layers.resize(hparams.n_layer());
@@ -390,7 +406,7 @@ void llama_adapter_mem::load(const char * path) {
 
             n_tensors += (segment.centroid.empty() ? 0 : 5) + (segment.graph.link0 ? 4 : 0) + (segment.anchor.empty() ? 0 : 4);
 
-            if (!segment.centroid.empty() || !segment.anchor.empty()) {
+            if (segment.centroid.n_all() > 0 || segment.anchor.n_all() > 0) {
                 layers[il].segments.push_back(std::move(segment));
             }
         }
@@ -496,6 +512,10 @@ llama_adapter_mem * llama_adapter_mem_init(llama_model * model, const char * pat
 
 void llama_adapter_mem_free(llama_adapter_mem * adapter) {
     if (adapter == nullptr) {
+        return;
+    }
+    if (adapter->n_attached > 0) {
+        LLAMA_LOG_ERROR("%s: the memory is still attached; it will be freed with the model\n", __func__);
         return;
     }
     adapter->model->mems.erase(adapter);

@@ -33,6 +33,7 @@ struct llama_adapter_mem_entries {
     bool empty() const { return offset.empty(); }
 
     int64_t n(int64_t h) const { return empty() ? 0 : offset[h + 1] - offset[h]; }
+    int64_t n_all()      const { return empty() ? 0 : offset.back(); }
 };
 
 // a HNSW graph over the centroids of one segment of one layer, used in place; all ids are local to their head
@@ -79,6 +80,8 @@ struct llama_adapter_mem {
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 
+    mutable int n_attached = 0; // contexts that use it
+
     explicit llama_adapter_mem(llama_model * model) : model(model) {}
     ~llama_adapter_mem() = default;
 
@@ -109,6 +112,12 @@ struct llama_adapter_mems {
     std::vector<bool>      layers_reached; // layers whose attention was built with their memory
 
     llama_adapter_mems() = default;
+    ~llama_adapter_mems();
+
+    llama_adapter_mems(const llama_adapter_mems &) = delete;
+    llama_adapter_mems & operator=(const llama_adapter_mems &) = delete;
+
+    // throws std::runtime_error if a gain is not a finite number or -INFINITY
     llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup);
 
     bool has_layer(int il) const;
@@ -117,8 +126,8 @@ struct llama_adapter_mems {
 
     bool same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const;
 
-    // throws std::runtime_error if these memories cannot be used with these context parameters
-    void check_cparams(const llama_cparams & cparams) const;
+    // throws std::runtime_error if these memories cannot be used with this model and these context parameters
+    void check(const llama_model & model, const llama_cparams & cparams) const;
 
     // throws std::runtime_error if the graph of this architecture did not ask for the memory of some layer
     void check_layers_reached() const;

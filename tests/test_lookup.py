@@ -27,7 +27,7 @@ def test_recall(real, default_build_model, default_model):
     handle = llama.memories[0].memory.handle
     found = []
     for layer, q in live_queries(default_build_model, memory.prefix_tokens, window).items():
-        scan, hnsw = (native.state(handle, layer, q, memory.model.value_length, lookup) for lookup in ("scan", "hnsw"))
+        scan, hnsw = (native.state(handle, layer, q, lookup) for lookup in ("scan", "hnsw"))
         found.append((scan == hnsw).all(-1))
     assert np.mean(found) >= 0.98
 

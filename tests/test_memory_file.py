@@ -111,6 +111,9 @@ def _as(holder, part, dtype):
 INVALID = {
     "NaN key": lambda m: _set(_centroid(m), "key", (3, 2), np.nan),
     "infinite value": lambda m: _set(_centroid(m), "value", (0, 0), np.inf),
+    "bias that would overflow": lambda m: _set(_centroid(m), "bias", 0, -3e38),
+    "messages that are not chat": lambda m: setattr(m, "prefix_messages", {"role": "system"}),
+    "too many segments": lambda m: (setattr(m, "layers", m.layers + [{}] * 300), setattr(m, "segment_offset", m.segment_offset + [len(m.prefix_tokens)] * 300)),
     "NaN log-sum-exp": lambda m: _set(_centroid(m), "lse", 5, np.nan),
     "+inf log-sum-exp": lambda m: _set(_centroid(m), "lse", 5, np.inf),
     "offsets descend": lambda m: _set(_centroid(m), "offset", 1, 1000),

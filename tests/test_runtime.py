@@ -78,8 +78,9 @@ def test_gain(tiny, exact):
         strong = run.log_probs(tiny.live)
         assert kl(none, weak).mean() > 1e-3 and kl(strong, weak).mean() > 1e-3
         assert len(run.llama.memories) == 1
-        with pytest.raises(ValueError, match="gain"):
-            run.llama.attach(exact, gain=np.nan)
+        for gain in (np.nan, np.inf, 1e39):
+            with pytest.raises(errors.Invalid, match="gain"):
+                run.llama.attach(exact, gain=gain)
 
 
 def test_attaching_forgets_the_live_tokens(tiny, exact):
@@ -179,7 +180,40 @@ def test_options_that_cannot_take_a_memory(tiny, exact, options, match):
         llama.attach(exact)
     assert llama.memories == ()
     if "embedding" not in options:
-        llama.eval(tiny.live)  # the context still works
+        plain = MemoryLlama(str(tiny.path), verbose=False, **options)
+        for context in (plain, llama):  # the context still works, and its outputs are where they were
+            context.reset()
+            context.eval(tiny.live)
+        with pytest.raises(errors.Unsupported):
+            llama.attach(exact)
+        a, b = (np.ctypeslib.as_array(c._ctx.get_logits_ith(-1), shape=(c.n_vocab(),)) for c in (plain, llama))
+        assert np.array_equal(a, b)
+
+
+def test_a_memory_belongs_to_the_model_it_was_loaded_for(tiny, exact):
+    one, other = (MemoryLlama(str(tiny.path), verbose=False) for _ in range(2))
+    loaded = one.load_memory(exact)
+    with pytest.raises(errors.WrongModel, match="another model"):
+        other.attach(loaded)
+    one.attach(loaded)
+    one.close()
+    with pytest.raises(ValueError, match="freed"):
+        loaded.metadata("general.type")
+    with pytest.raises(ValueError, match="freed"):
+        other.attach(loaded)
+
+
+def test_a_rebuilt_file_replaces_the_old_memory(tiny):
+    memory = tiny.exact()
+    path = tiny.save(memory, "rebuilt")
+    llama = MemoryLlama(str(tiny.path), memory=path, verbose=False)
+    old = llama.memories[0].memory
+    for layer in memory.layers[0].values():
+        layer.anchor.bias -= 1
+    memory.save(path)
+    assert llama.attach(path) is not old and len(llama.memories) == 1
+    with pytest.raises(errors.MemoryRefused, match="has changed"):
+        old.fingerprint
 
 
 def test_unknown_lookup(tiny):
