@@ -9,8 +9,8 @@ import torch
 
 from .capture import Captured, PrefixKV, capture, prefill
 from .entries import EntryState, Metric, centroid_entries, cluster, exact_anchors, join_heads, mean_state
-from .hnsw import build_graph
-from .memory import LayerMemory, Memory
+from .hnsw import M, build_graph
+from .memory import LayerMemory, Memory, check_space
 from .model import BuildModel, load_model
 from .prefix import Prefix, chat_prefix, read_prefix, text_prefix
 from .progress import Progress
@@ -57,6 +57,8 @@ def build_memory(
         prefix = _prefix(model, prefix, system)
         if not prefix.tokens:
             raise ValueError("the prefix is empty")
+        if out is not None:
+            check_space(out, model.spec.block_count * model.spec.head_count_kv * entries * _bytes_per_entry(model))
 
     with progress.stage("prefill", len(prefix.tokens)) as step:
         kv = prefill(model, prefix.tokens, progress=step)
@@ -145,6 +147,11 @@ def exact_memory(model: BuildModel, prefix: Prefix, kv: PrefixKV) -> Memory:
         for il in range(model.spec.block_count)
     }
     return Memory(model.spec, prefix.tokens, prefix.text, [layers], [0, len(prefix.tokens)], prefix.messages)
+
+
+def _bytes_per_entry(model: BuildModel) -> int:
+    """Of a centroid: key and value in float16, bias, log-sum-exp, and its links on level 0."""
+    return 2 * (model.spec.key_length + model.spec.value_length) + 4 + 4 + 4 * 2 * M
 
 
 def _prefix(model: BuildModel, prefix, system: bool) -> Prefix:

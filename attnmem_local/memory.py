@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +106,7 @@ class Memory:
     def save(self, path: str | os.PathLike) -> None:
         """Write the file under a temporary name, then rename it: the old file stays until the new one is whole."""
         path = Path(path)
+        check_space(path, self.nbytes())
         part = path.with_name(path.name + ".part")
         try:
             _write(self, part)
@@ -117,6 +119,13 @@ class Memory:
     def load(cls, path: str | os.PathLike) -> "Memory":
         """Read and check a file. Raises a MemoryRefused that names what is wrong."""
         return _read(Path(path))
+
+
+def check_space(path: str | os.PathLike, nbytes: int) -> None:
+    """Raises OSError if the disk has not that much room for a file."""
+    free = shutil.disk_usage(Path(path).resolve().parent).free
+    if free < nbytes:
+        raise OSError(f"'{path}' takes {nbytes / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left; free some or choose another --out")
 
 
 # the tensors of one layer: (attribute of LayerMemory, name of its parts)

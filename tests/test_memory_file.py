@@ -1,6 +1,7 @@
 """The memory file is untrusted input: each way it can be wrong has its own error, in Python and in native code."""
 
 import copy
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from tiny import write_tiny
 
 from attnmem_local import errors, memory as memory_module
+from attnmem_local.build import build_memory
 from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.memory import Memory
 from attnmem_local.runtime import MemoryLlama
@@ -189,6 +191,15 @@ def test_the_fingerprint_survives_quantization(tiny, good, default_model, f32_mo
     path = tiny.save(memory, "empty")
     for model in (default_model, f32_model):
         assert MemoryLlama(str(model), memory=path, verbose=False).memories
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tiny, good, monkeypatch):
+    monkeypatch.setattr(memory_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="the disk has 0.0 MB left"):
+        good.save(tiny.folder / "full.mem.gguf")
+    with pytest.raises(OSError, match="the disk has 0.0 MB left"):
+        build_memory(tiny.model, tiny.prefix, tiny.folder / "full.mem.gguf")
+    assert not list(tiny.folder.glob("full*"))
 
 
 def test_a_failed_write_keeps_the_old_file(tiny, good, monkeypatch):

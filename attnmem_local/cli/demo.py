@@ -1,5 +1,6 @@
 """attnmem demo"""
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -28,7 +29,9 @@ def demo() -> None:
     """Build a memory of a real handbook, answer a question with it, and show what it saves."""
     from ..build import build_memory
     from ..evaluate import Scorer, kl
+    from ..prefix import drop_prefix
     from ..progress import Progress
+    from ..tokenizer import GgufTokenizer
 
     console = Console()
     text = HANDBOOK.read_text(encoding="utf-8")[:HANDBOOK_CHARACTERS]
@@ -38,25 +41,23 @@ def demo() -> None:
     memory = build_memory(DEFAULT_MODEL, messages, MEMORY, progress=progress)
     console.print(f"built {MEMORY.relative_to(ROOT)} from the README of llama.cpp's server in {time.monotonic() - start:.0f} s\n")
 
-    runs = {
-        "full prefix": lambda: Scorer(DEFAULT_MODEL, memory.prefix_tokens),
-        "memory": lambda: Scorer(DEFAULT_MODEL, memory=MEMORY),
-        "no prefix": lambda: Scorer(DEFAULT_MODEL),
+    tokenizer = GgufTokenizer(DEFAULT_MODEL)
+    asked = {
+        question: drop_prefix(tokenizer.render([*messages, {"role": "user", "content": question}], True), memory.prefix_tokens)
+        for question in QUESTIONS
     }
-    first_token: dict[str, float] = {}
+    runs = {"full prefix": {"prefix": memory.prefix_tokens}, "memory": {"memory": MEMORY}, "no prefix": {}}
+    first_token: dict[str, float] = {}  # from nothing loaded: model, prefix or memory, question
     scorers = {}
-    for name, make in runs.items():
+    for name, options in runs.items():
         start = time.monotonic()
-        scorers[name] = make()
-        chat = [*messages, {"role": "user", "content": QUESTIONS[0]}]
-        live = _live(scorers["full prefix"], memory.prefix_tokens, chat)
-        next(scorers[name].decode(live, 1))
+        scorers[name] = Scorer(DEFAULT_MODEL, n_threads=os.cpu_count(), **options)
+        next(scorers[name].decode(asked[QUESTIONS[0]], 1))
         first_token[name] = time.monotonic() - start
 
     per_token: dict[str, list[float]] = {name: [] for name in runs}
     divergence: dict[str, list[float]] = {name: [] for name in runs}
-    for question in QUESTIONS:
-        live = _live(scorers["full prefix"], memory.prefix_tokens, [*messages, {"role": "user", "content": question}])
+    for question, live in asked.items():
         answers = {}
         for name, scorer in scorers.items():
             decoded = list(scorer.decode(live, ANSWER_TOKENS))
@@ -78,13 +79,6 @@ def demo() -> None:
     table.add_row("KL to the full prefix", *(f"{statistics.fmean(divergence[name]):.3f}" for name in runs))
     console.print()
     console.print(table)
-
-
-def _live(scorer, prefix_tokens: list[int], chat: list[dict]) -> list[int]:
-    from ..prefix import drop_prefix
-    from ..tokenizer import GgufTokenizer
-
-    return drop_prefix(GgufTokenizer(DEFAULT_MODEL).render(chat, True), prefix_tokens)
 
 
 def _text(scorer, tokens: list[int]) -> str:
