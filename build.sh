@@ -3,7 +3,8 @@
 #
 #   ./build.sh          the runtime: .venv, patched llama-cpp-python, this package, the default model
 #   ./build.sh demo     the above and the builder; then build a memory for a real prefix and answer with it
-#   ./build.sh test     the above and the test tools; then run the tests (arguments go to pytest)
+#   ./build.sh test     the above, the test tools and a stock libllama to compare with; then run the tests
+#                       (arguments go to pytest)
 set -euo pipefail
 cd "$(dirname "$0")"
 

@@ -36,7 +36,7 @@ def test_every_path_is_exact(tiny, lookup, flash_attn):
 
 
 def test_far_positions(tiny):
-    """RoPE is relative: live tokens at −P+P… see the same prefix however late the generation."""
+    """RoPE is relative: the memory is as exact a thousand tokens into the generation."""
     memory = tiny.save(tiny.exact(), "exact")
     live = (tiny.live * 10)[:1000]
     full = Scorer(tiny.path, tiny.prefix.tokens, n_live=1024).log_probs(live)
