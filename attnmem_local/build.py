@@ -12,7 +12,7 @@ from .entries import EntryState, Metric, centroid_entries, cluster, exact_anchor
 from .hnsw import M, build_graph
 from .memory import LayerMemory, Memory, check_space
 from .model import BuildModel, load_model
-from .prefix import Prefix, chat_prefix, read_prefix, text_prefix
+from .prefix import Prefix, chat_prefix, read_prefix
 from .progress import Progress
 from .queries.repeat_prefill import repeat_prefill
 from .queries.self_study import self_study

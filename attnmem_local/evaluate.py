@@ -80,23 +80,20 @@ def nll(log_probs: np.ndarray, tokens: list[int]) -> np.ndarray:
     return -log_probs[np.arange(len(tokens) - 1), tokens[1:]]
 
 
-def fidelity(
-    model_path: str | os.PathLike, memory, windows: list[list[int]], *, prefix: list[int] | None = None, **options
-) -> dict[str, float]:
+def fidelity(model_path: str | os.PathLike, memory, windows: list[list[int]], **options) -> dict[str, float]:
     """How well memories stand in for their prefix on held-out live text.
 
     memory: one or several paths. windows: token sequences, each of which follows the prefix on its own.
-    prefix: the tokens of the full-prefix run; of the first memory by default. options go to MemoryLlama.
+    The full-prefix run has the prefix of the first memory. options go to MemoryLlama.
     Returns kl_mean, kl_median, top1 (share of positions with the same most likely token), nll_full, nll_memory, nll_none.
     """
     n_live = max(map(len, windows))
     attached = Scorer(model_path, memory=memory, n_live=n_live, **options)
-    full_options = {k: v for k, v in options.items() if k != "lookup"}
-    prefix = attached.llama.memories[0].memory.prefix_tokens if prefix is None else prefix
+    prefix = attached.llama.memories[0].memory.prefix_tokens
     runs = {
-        "full": Scorer(model_path, prefix, n_live=n_live, **full_options),
+        "full": Scorer(model_path, prefix, n_live=n_live, **options),
         "memory": attached,
-        "none": Scorer(model_path, n_live=n_live, **full_options),
+        "none": Scorer(model_path, n_live=n_live, **options),
     }
     losses: dict[str, list[np.ndarray]] = {name: [] for name in runs}
     divergence, agree = [], []
