@@ -10,7 +10,7 @@ import torch
 from .capture import Captured, PrefixKV, capture, prefill
 from .entries import EntryState, Metric, centroid_entries, cluster, exact_anchors, join_heads, mean_state
 from .hnsw import M, build_graph
-from .memory import LayerMemory, Memory, check_space
+from .memory import LayerMemory, Memory, check_space, rows
 from .model import BuildModel, load_model
 from .prefix import Prefix, chat_prefix, read_prefix
 from .progress import Progress
@@ -137,7 +137,9 @@ def fit_layer(
         states = exact_state(centroid, k, v, model.spec.scale) if state == "exact" else mean_state(o, lse, nearest)
         heads.append(centroid_entries(centroid, states, metric))
     centroid = join_heads(heads, model.to_gguf_order)
-    return LayerMemory(centroid, build_graph(centroid, seed, threads=os.cpu_count() or 1))
+    keys = [rows(centroid.key[centroid.head(h)]) for h in range(len(heads))]
+    centroid.graph = build_graph(keys, seed, threads=os.cpu_count() or 1)
+    return LayerMemory(centroid)
 
 
 def exact_memory(model: BuildModel, prefix: Prefix, kv: PrefixKV) -> Memory:

@@ -1,4 +1,4 @@
-"""HNSW graphs over centroids, built with hnswlib and exported as plain arrays that are walked in place.
+"""HNSW graphs over entries, built with hnswlib and exported as plain arrays that are walked in place.
 
 Malkov and Yashunin, Efficient and robust approximate nearest neighbor search using Hierarchical Navigable Small
 World graphs, arXiv 1603.09320. The layout of hnswlib's memory is that of hnswalg.h.
@@ -9,17 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 import hnswlib
 import numpy as np
 
-from .memory import Entries, Graph
+from .memory import Graph
 
 M = 16  # links per entry above level 0; twice as many on level 0
 EF_CONSTRUCTION = 128
 
 
-def build_graph(entries: Entries, seed: int, threads: int = 1) -> Graph:
-    """One graph per KV head over the keys, in L2, which orders unit vectors by cosine too."""
-    heads = [entries.key[entries.head(h)].astype(np.float32) for h in range(len(entries.offset) - 1)]
+def build_graph(heads: list[np.ndarray], seed: int, space: str = "l2", threads: int = 1) -> Graph:
+    """One graph per KV head over vectors float32 [n, d], one for each entry in the order of the entries.
+
+    space: "l2", which orders unit vectors by cosine too, or "ip". The walk is by the score key·q + bias in any case, so
+    the vectors to link need not be the keys: neighbours only have to be entries of similar queries.
+    """
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda key: _head_graph(key, seed), heads))
+        parts = list(pool.map(lambda vectors: _head_graph(vectors, seed, space), heads))
     rows = np.cumsum([0, *(len(link) for _, link, _, _ in parts)])
     upper = [upper[:-1] + rows[h] for h, (_, _, upper, _) in enumerate(parts)]
     link = np.concatenate([link for _, link, _, _ in parts])
@@ -31,14 +34,14 @@ def build_graph(entries: Entries, seed: int, threads: int = 1) -> Graph:
     )
 
 
-def _head_graph(key: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _head_graph(vectors: np.ndarray, seed: int, space: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """link0 [n, 2M], link [n_upper, M], upper [n + 1], entry of one head."""
-    n = len(key)
+    n = len(vectors)
     if n == 0:
         return np.empty((0, 2 * M), np.int32), np.empty((0, M), np.int32), np.zeros(1, np.int64), 0
-    index = hnswlib.Index("l2", key.shape[1])
+    index = hnswlib.Index(space, vectors.shape[1])
     index.init_index(n, M=M, ef_construction=EF_CONSTRUCTION, random_seed=seed)
-    index.add_items(key, np.arange(n), num_threads=1)  # one thread: the graph depends on the order of insertion
+    index.add_items(vectors, np.arange(n), num_threads=1)  # one thread: the graph depends on the order of insertion
     (state,) = index.__getstate__()
 
     level0 = np.asarray(state["data_level0"]).view(np.uint8)[: n * state["size_data_per_element"]].reshape(n, -1)

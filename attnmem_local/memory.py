@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -17,28 +18,35 @@ FORMAT_VERSION = 1
 ADAPTER_TYPE = "attention_state_memory"
 MAX_BLOCKS = 4096
 MAX_SEGMENTS = 256
+MAX_TOP_K = 1024
 MAX_ABS = np.float32(1e15)  # larger numbers could overflow in a product
+
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+_Q8_0_BLOCK, _Q8_0_BYTES = gguf.GGML_QUANT_SIZES[Q8_0]
 
 _BLOCK_NAME = re.compile(r"seg\.(\d{1,9})\.blk\.(\d{1,9})\.")
 
 
-@dataclass
-class Entries:
-    """The entries of one kind in one segment of one layer; the KV heads lie one after another."""
+class Kind(NamedTuple):
+    """A kind of entries; what its queries take from them is written down in docs/memory-format.md."""
 
-    key: np.ndarray  # [n, d_k] float16 or float32, after RoPE, in GGUF order
-    bias: np.ndarray  # [n] float32: lookup score key·q + bias, or anchor logit scale·key·q + bias
-    value: np.ndarray  # [n, d_v] float16 or float32
-    offset: np.ndarray  # [n_head_kv + 1] int32, head h owns the entries offset[h]:offset[h + 1]
-    lse: np.ndarray | None = None  # [n] float32, natural log, scale included; centroids only
+    name: str  # in tensor names, and the field of LayerMemory
+    has_lse: bool
+    has_graph: bool  # may have one
 
-    def head(self, h: int) -> slice:
-        return slice(int(self.offset[h]), int(self.offset[h + 1]))
+
+KINDS = (
+    Kind("centroid", has_lse=True, has_graph=True),
+    Kind("tangent", has_lse=False, has_graph=True),
+    Kind("residual", has_lse=True, has_graph=True),
+    Kind("token", has_lse=False, has_graph=True),
+    Kind("anchor", has_lse=False, has_graph=False),
+)
 
 
 @dataclass
 class Graph:
-    """A HNSW graph over the centroids of one segment of one layer; ids are local to their head, -1 fills up."""
+    """A HNSW graph over the entries of one kind in one segment of one layer; ids are local to their head, -1 fills up."""
 
     link0: np.ndarray  # [n, m0] int32, neighbours on level 0
     link: np.ndarray  # [n_upper, m] int32, neighbours above
@@ -47,12 +55,52 @@ class Graph:
 
 
 @dataclass
+class Entries:
+    """The entries of one kind in one segment of one layer; the KV heads lie one after another.
+
+    A table of keys or values is float16 or float32 [n, d], or Q8_0 as uint8 [n, d / 32 * 34]: see rows().
+    """
+
+    key: np.ndarray  # table of d_k, after RoPE, in GGUF order
+    bias: np.ndarray  # [n] float32: lookup score key·q + bias, or logit scale·key·q + bias of tokens and anchors
+    value: np.ndarray  # table of d_v
+    offset: np.ndarray  # [n_head_kv + 1] int32, head h owns the entries offset[h]:offset[h + 1]
+    lse: np.ndarray | None = None  # [n] float32, natural log, scale included; centroids and residuals
+    graph: Graph | None = None  # not for anchors
+
+    def head(self, h: int) -> slice:
+        return slice(int(self.offset[h]), int(self.offset[h + 1]))
+
+
+@dataclass
 class LayerMemory:
-    """What one segment holds for one layer."""
+    """What one segment holds for one layer; a KV head may have entries of any of these kinds."""
 
     centroid: Entries | None = None
-    graph: Graph | None = None
+    tangent: Entries | None = None
+    residual: Entries | None = None  # only for heads that have anchors
+    token: Entries | None = None
     anchor: Entries | None = None
+
+
+def rows(table: np.ndarray) -> np.ndarray:
+    """A table of keys or values as float32 [n, d]."""
+    return gguf.quants.dequantize(table, Q8_0) if table.dtype == np.uint8 and len(table) else table.astype(np.float32)
+
+
+def quantize_rows(x: np.ndarray) -> np.ndarray:
+    """float32 [n, d] as Q8_0 [n, d / 32 * 34]. Raises OverflowError where a scale does not fit into float16."""
+    if x.shape[-1] % _Q8_0_BLOCK:
+        raise ValueError(f"rows of {x.shape[-1]} values do not divide into Q8_0 blocks of {_Q8_0_BLOCK}")
+    table = gguf.quants.quantize(x, Q8_0)
+    if not np.isfinite(_block_scales(table)).all():
+        raise OverflowError(f"a value of {np.abs(x).max():.3g} does not fit into Q8_0")
+    return table
+
+
+def _block_scales(table: np.ndarray) -> np.ndarray:
+    """The scales of a Q8_0 table: float16 [n * d / 32, 1]."""
+    return np.ascontiguousarray(table.reshape(-1, _Q8_0_BYTES)[:, :2]).view(np.float16)
 
 
 @dataclass
@@ -82,6 +130,7 @@ class Memory:
     layers: list[dict[int, LayerMemory]]  # [segment][layer]
     segment_offset: list[int]  # [n_segment + 1], segment s stands for prefix_tokens[segment_offset[s]:segment_offset[s + 1]]
     prefix_messages: list[dict] | None = None  # chat messages that were rendered to the prefix
+    token_top_k: int | None = None  # how many of the `token` entries a query attends; needed with any
     build: dict[str, str | int | float] = field(default_factory=dict)  # how it was built
     fidelity: dict[str, float] = field(default_factory=dict)  # what was measured when it was built
 
@@ -128,22 +177,18 @@ def check_space(path: str | os.PathLike, nbytes: int) -> None:
         raise OSError(f"'{path}' takes {nbytes / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left; free some or choose another --out")
 
 
-# the tensors of one layer: (attribute of LayerMemory, name of its parts)
-_ENTRY_PARTS = ("key", "bias", "value", "lse", "offset")
-_GRAPH_PARTS = ("link0", "link", "upper", "entry")
-
-
 def _tensors(memory: Memory):
     """Names and arrays of all tensors, in file order."""
     for s, layers in enumerate(memory.layers):
         for il, layer in sorted(layers.items()):
-            for kind, parts in (("centroid", _ENTRY_PARTS), ("graph", _GRAPH_PARTS), ("anchor", _ENTRY_PARTS)):
-                if (holder := getattr(layer, kind)) is None:
+            for kind in KINDS:
+                if (entries := getattr(layer, kind.name)) is None:
                     continue
-                prefix = f"seg.{s}.blk.{il}.{'centroid' if kind == 'graph' else kind}."
-                for part in parts:
-                    if (array := getattr(holder, part)) is not None:
-                        yield prefix + part, array
+                parts = {part: getattr(entries, part) for part in ("key", "bias", "value", "lse", "offset")}
+                parts |= vars(entries.graph) if entries.graph is not None else {}
+                for part, array in parts.items():
+                    if array is not None:
+                        yield f"seg.{s}.blk.{il}.{kind.name}.{part}", array
 
 
 # keys of the fields of ModelSpec
@@ -178,11 +223,13 @@ def _write(memory: Memory, path: Path) -> None:
         writer.add_string("attnmem.prefix.messages", json.dumps(memory.prefix_messages, ensure_ascii=False))
     writer.add_uint32("attnmem.segment.count", len(memory.layers))
     writer.add_array("attnmem.segment.offset", [int(i) for i in memory.segment_offset])
+    if memory.token_top_k is not None:
+        writer.add_uint32("attnmem.token.top_k", memory.token_top_k)
     for group, values in (("build", memory.build), ("fidelity", memory.fidelity)):
         for name, value in values.items():
             add[type(value)](f"attnmem.{group}.{name}", value)
     for name, array in _tensors(memory):
-        writer.add_tensor(name, np.ascontiguousarray(array))
+        writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=Q8_0 if array.dtype == np.uint8 else None)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -246,13 +293,27 @@ class _Parser:
             raise Invalid(f"the tensor '{name}' is missing")
         array = found.data
         if array.dtype not in dtypes:
-            raise Invalid(f"the tensor '{name}' has type {array.dtype}, expected {' or '.join(np.dtype(d).name for d in dtypes)}")
+            raise Invalid(f"the tensor '{name}' has type {found.tensor_type.name}, expected {' or '.join(np.dtype(d).name for d in dtypes)}")
         if array.ndim != len(shape) or any(b is not None and a != b for a, b in zip(array.shape, shape)):
             raise Invalid(f"the tensor '{name}' has shape {array.shape}, expected {shape}")
-        if array.dtype != np.int32 and not ((np.abs(array) <= MAX_ABS) | (name.endswith(".lse") & (array == -np.inf))).all():
+        if array.dtype == np.uint8:
+            bounded = np.isfinite(_block_scales(array))  # 127 times the largest is far below MAX_ABS
+        elif array.dtype == np.int32:
+            bounded = np.True_  # offsets and ids have their own checks
+        else:
+            bounded = (np.abs(array) <= MAX_ABS) | (name.endswith(".centroid.lse") & (array == -np.inf))
+        if not bounded.all():
             raise Invalid(f"the tensor '{name}' has a value that is not finite or too large")
         self.n_used += 1
         return array
+
+    def table(self, name: str, n: int | None, d: int) -> np.ndarray:
+        """A table of keys or values that must be there."""
+        if (found := self.tensors.get(name)) is not None and found.tensor_type == Q8_0:
+            if d % _Q8_0_BLOCK:
+                raise Invalid(f"the tensor '{name}' has type Q8_0, but {d} values do not divide into its blocks")
+            return self.tensor(name, (np.uint8,), (n, d // _Q8_0_BLOCK * _Q8_0_BYTES))
+        return self.tensor(name, (np.float16, np.float32), (n, d))
 
     def memory(self) -> Memory:
         try:
@@ -278,6 +339,7 @@ class _Parser:
             prefix_tokens=tokens,
             prefix_text=self.value("attnmem.prefix.text", str),
             prefix_messages=self.messages(),
+            token_top_k=self.top_k(),
             segment_offset=segment_offset,
             layers=[
                 {
@@ -290,6 +352,8 @@ class _Parser:
             build=self.group("attnmem.build."),
             fidelity=self.group("attnmem.fidelity."),
         )
+        if memory.token_top_k is None and memory.n_entries("token").any():
+            raise Invalid("the key 'attnmem.token.top_k' is missing")
         if self.n_used != len(self.tensors):
             raise Invalid(f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build")
         return memory
@@ -302,33 +366,40 @@ class _Parser:
         except ValueError as error:
             raise Invalid(f"the key 'attnmem.prefix.messages': {error}") from None
 
-    def layer(self, prefix: str, spec: ModelSpec) -> LayerMemory | None:
-        centroid = self.entries(prefix + "centroid.", spec, has_lse=True)
-        graph = self.graph(prefix + "centroid.", centroid)
-        anchor = self.entries(prefix + "anchor.", spec, has_lse=False)
-        return LayerMemory(centroid, graph, anchor) if centroid or anchor else None
+    def top_k(self) -> int | None:
+        if "attnmem.token.top_k" not in self.reader.fields:
+            return None
+        if not 1 <= (top_k := self.value("attnmem.token.top_k", int)) <= MAX_TOP_K:
+            raise Invalid(f"the key 'attnmem.token.top_k' is {top_k}, expected 1 to {MAX_TOP_K}")
+        return top_k
 
-    def entries(self, prefix: str, spec: ModelSpec, has_lse: bool) -> Entries | None:
+    def layer(self, prefix: str, spec: ModelSpec) -> LayerMemory | None:
+        entries = {kind.name: self.entries(f"{prefix}{kind.name}.", spec, kind) for kind in KINDS}
+        layer = LayerMemory(**entries)
+        if layer.residual is not None:
+            n_anchors = np.diff(layer.anchor.offset) if layer.anchor is not None else np.zeros(spec.head_count_kv)
+            if ((np.diff(layer.residual.offset) > 0) & (n_anchors == 0)).any():
+                raise Invalid(f"'{prefix}residual' has a head without anchors to correct")
+        return layer if any(e is not None for e in entries.values()) else None
+
+    def entries(self, prefix: str, spec: ModelSpec, kind: Kind) -> Entries | None:
         if prefix + "key" not in self.tensors:
             return None
-        real = (np.float16, np.float32)
-        key = self.tensor(prefix + "key", real, (None, spec.key_length))
+        key = self.table(prefix + "key", None, spec.key_length)
         n = len(key)
         entries = Entries(
             key=key,
             bias=self.tensor(prefix + "bias", (np.float32,), (n,)),
-            value=self.tensor(prefix + "value", real, (n, spec.value_length)),
-            lse=self.tensor(prefix + "lse", (np.float32,), (n,)) if has_lse else None,
+            value=self.table(prefix + "value", n, spec.value_length),
+            lse=self.tensor(prefix + "lse", (np.float32,), (n,)) if kind.has_lse else None,
             offset=self.tensor(prefix + "offset", (np.int32,), (spec.head_count_kv + 1,)),
         )
         _check_offsets(prefix + "offset", entries.offset, n)
+        if kind.has_graph and prefix + "link0" in self.tensors:
+            entries.graph = self.graph(prefix, entries)
         return entries
 
-    def graph(self, prefix: str, entries: Entries | None) -> Graph | None:
-        if prefix + "link0" not in self.tensors:
-            return None
-        if entries is None:
-            raise Invalid(f"'{prefix}link0' has no entries to link")
+    def graph(self, prefix: str, entries: Entries) -> Graph:
         integer = (np.int32,)
         n = len(entries.key)
         graph = Graph(

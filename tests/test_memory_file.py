@@ -97,7 +97,7 @@ def _centroid(m):
 
 
 def _graph(m):
-    return m.layers[0][1].graph
+    return m.layers[0][1].centroid.graph
 
 
 def _set(holder, part, index, value):

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..memory import Memory
+from ..memory import KINDS, Memory
 from .common import file_type, json_option
 
 
@@ -31,7 +31,7 @@ def summary(memory: Memory) -> dict:
         "prefix_text": memory.prefix_text,
         "prefix_is_chat": memory.prefix_messages is not None,
         "segments": len(memory.layers),
-        "entries": {kind: int(memory.n_entries(kind).sum()) for kind in ("centroid", "anchor")},
+        "entries": {kind.name: int(memory.n_entries(kind.name).sum()) for kind in KINDS},
         "bytes": memory.nbytes(),
         "kv_bytes": memory.kv_bytes(),
         "build": memory.build,
@@ -47,9 +47,9 @@ def print_memory(memory: Memory, path: Path) -> None:
         "prefix": f"{len(memory.prefix_tokens)} tokens of {'chat' if memory.prefix_messages is not None else 'text'}: {text[:60]}…",
         "size": f"{memory.nbytes() / 1e6:.1f} MB, KV cache of the prefix: {memory.kv_bytes() / 1e6:.1f} MB",
     }
-    for kind in ("centroid", "anchor"):
-        if (n := memory.n_entries(kind)).any():
-            rows[f"{kind}s"] = f"{n.min()} to {n.max()} per KV head, {n.sum()} in all"
+    for kind in KINDS:
+        if (n := memory.n_entries(kind.name)).any():
+            rows[f"{kind.name}s"] = f"{n.min()} to {n.max()} per KV head, {n.sum()} in all"
     for name, value in (memory.build | memory.fidelity).items():
         rows[name] = f"{value:.4g}" if isinstance(value, float) else str(value)
     for row in rows.items():
