@@ -1,0 +1,1 @@
+"""What memories are compared with, each measured on the same prefixes, scored text and bytes."""

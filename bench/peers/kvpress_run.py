@@ -1,0 +1,157 @@
+"""Presses of NVIDIA kvpress, run by an interpreter that has it (requirements.txt).
+
+    python kvpress_run.py JOB.json
+
+JOB: {"gguf": path, "prefix": tokens, "chat": whether the prefix ends in an open user turn,
+      "windows": [{"tokens": tokens, "n_given": how many are not scored}]}
+Then every line of standard input is a press and the share of the KV cache to keep, e.g. "SnapKV 0.125", and every line
+of standard output is {"kl", "nll", "top1", "share", "nll_full"} or {"error"}. KL is to the full cache in this process.
+"""
+
+import copy
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import kvpress
+import torch
+import torch.nn.functional as F
+import transformers
+
+PRESSES = {
+    "Knorm": kvpress.KnormPress,
+    "SnapKV": kvpress.SnapKVPress,
+    "ExpectedAttention": kvpress.ExpectedAttentionPress,
+    "KVzip": kvpress.KVzipPress,
+    "TOVA": kvpress.TOVAPress,
+    "AdaKV-SnapKV": lambda ratio: kvpress.AdaKVPress(kvpress.SnapKVPress(ratio)),
+    "AdaKV-ExpectedAttention": lambda ratio: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(ratio, epsilon=1e-2)),
+}
+# in a chat, KVzip asks the model to repeat the context in the user turn that is open, and to answer
+TURN = "{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def attend_kept(module, query, key, value, attention_mask, scaling=None, **_):
+    """Causal attention without the keys that a press of uneven budgets marks as dropped in its attention layer.
+
+    kvpress itself looks for a fake key that no query of the call attends to, which need not exist for many queries.
+    """
+    n_q, n = query.shape[2], key.shape[2]
+    mask = torch.ones(n_q, n, dtype=torch.bool).tril(n - n_q).repeat(1, key.shape[1], 1, 1)
+    if getattr(module, "masked_key_indices", None) is not None:
+        _, head, position = module.masked_key_indices
+        mask[0, head, :, position] = False
+    groups = query.shape[1] // key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, mask.repeat_interleave(groups, 1), scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register("attend_kept", attend_kept)
+transformers.AttentionMaskInterface.register("attend_kept", lambda *args, **options: None)
+
+
+class Runner:
+    def __init__(self, job: dict):
+        path = Path(job["gguf"])
+        options = dict(gguf_file=path.name, dtype=torch.float32)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
+        self.prefix = torch.tensor([job["prefix"]])
+        self.windows = job["windows"]
+
+        self.folder = tempfile.TemporaryDirectory()  # KVzip loads the tokenizer again from where the model came from
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer.chat_template = TURN if job["chat"] else None
+        tokenizer.save_pretrained(self.folder.name)
+        self.model.config.name_or_path = self.folder.name
+
+        self.layers = []  # of every layer what a press sees: attention module, arguments, output
+        self.cache = transformers.DynamicCache()
+        self.prefill()
+        self.full = self.log_probs(self.cache)
+
+    def prefill(self) -> None:
+        """Run the prefix once, for all presses."""
+        hooks = []
+        for layer in self.model.model.layers:
+            layer.self_attn.rotary_emb = self.model.model.rotary_emb
+            hook = lambda module, args, options, output: self.layers.append((module, options, output))  # noqa: E731
+            hooks.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
+        self.model.model(input_ids=self.prefix, past_key_values=self.cache)
+        for hook in hooks:
+            hook.remove()
+
+    def compress(self, press) -> transformers.DynamicCache:
+        """The KV cache of the prefix after a press, rounded to float16."""
+        for module, *_ in self.layers:
+            module.masked_key_indices = None
+        if isinstance(press, kvpress.KVzipPress):  # runs the model again, by itself
+            self.model.set_attn_implementation("sdpa")
+            cache = transformers.DynamicCache()
+            with press(self.model):
+                self.model.model(input_ids=self.prefix, past_key_values=cache)
+        else:  # as `with press(model)` would do during prefill
+            cache = copy.deepcopy(self.cache)
+            press.post_init_from_model(self.model)
+            for module, options, output in self.layers:
+                press.forward_hook(module, [], options | {"past_key_values": cache}, output)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.half().float(), layer.values.half().float()
+        return cache
+
+    def kept(self, cache) -> float:
+        """Share of keys that a compressed cache still has."""
+        n = 0
+        for layer, module in zip(cache.layers, self.model.model.layers):
+            masked = module.self_attn.masked_key_indices
+            n += layer.keys.shape[1] * layer.keys.shape[2] - (0 if masked is None else len(masked[0]))
+        return n / (self.prefix.shape[1] * self.model.config.num_key_value_heads * len(cache.layers))
+
+    def log_probs(self, cache) -> list[torch.Tensor]:
+        """Per window float32 [n_scored, n_vocab]; positions go on after the whole prefix."""
+        self.model.set_attn_implementation("attend_kept")
+        rows = []
+        for window in self.windows:
+            tokens = torch.tensor([window["tokens"]])
+            positions = self.prefix.shape[1] + torch.arange(tokens.shape[1])[None]
+            logits = self.model(input_ids=tokens, position_ids=positions, past_key_values=copy.deepcopy(cache)).logits[0]
+            rows.append(logits[max(window["n_given"] - 1, 0) :].log_softmax(-1))
+        return rows
+
+    def run(self, name: str, share: float) -> dict:
+        cache = self.compress(PRESSES[name](1 - share))
+        result = compare(self.full, self.log_probs(cache), self.windows)
+        return result | {"share": self.kept(cache), "nll_full": compare(self.full, self.full, self.windows)["nll"]}
+
+
+def compare(full: list[torch.Tensor], found: list[torch.Tensor], windows: list[dict]) -> dict:
+    divergence, loss, agree = [], [], []
+    for p, q, window in zip(full, found, windows):
+        p, q = p.double(), q.double()
+        true = torch.tensor(window["tokens"][max(window["n_given"], 1) :])
+        divergence.append((p.exp() * (p - q)).sum(-1))
+        loss.append(-q[: len(true)].gather(1, true[:, None])[:, 0])
+        agree.append((p.argmax(-1) == q.argmax(-1)).double())
+    result = {name: float(torch.cat(x).mean()) for name, x in (("kl", divergence), ("nll", loss), ("top1", agree))}
+    if not math.isfinite(result["kl"]):
+        raise ValueError("the KL is not finite")
+    return result
+
+
+@torch.inference_mode()
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    runner = Runner(json.loads(Path(sys.argv[1]).read_text()))
+    for line in sys.stdin:
+        name, share = line.split()
+        try:
+            result = runner.run(name, float(share))
+        except Exception as error:  # one press that fails is a row of the table, not the end of it
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

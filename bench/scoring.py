@@ -1,0 +1,56 @@
+"""KL to the full-prefix run of the same model, and NLL of the true text, at the scored positions of a case's windows."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from attnmem_local.cli.common import DEFAULT_MODEL
+from attnmem_local.evaluate import Scorer, kl, nll
+from prefixes import Case
+
+
+def log_probs(case: Case, scorer: Scorer) -> list[np.ndarray]:
+    """Per window float32 [n_scored, n_vocab]; closes the scorer."""
+    rows = [scorer.log_probs(w.tokens)[w.scored].astype(np.float32) for w in case.windows]
+    scorer.close()
+    return rows
+
+
+def open_scorer(case: Case, gguf: Path, prefix=(), memory=(), **options) -> Scorer:
+    return Scorer(gguf, prefix, n_live=max(len(w.tokens) for w in case.windows), memory=memory, **options)
+
+
+@lru_cache(maxsize=2)
+def full(case: Case, gguf: Path) -> list[np.ndarray]:
+    return log_probs(case, open_scorer(case, gguf, case.prefix.tokens))
+
+
+def score(case: Case, gguf: Path, prefix=(), memory=(), **options) -> dict[str, float]:
+    """kl, nll and top1 (share of positions with the same most likely token) of a run with this prefix or memory."""
+    found = log_probs(case, open_scorer(case, gguf, prefix, memory, **options))
+    divergence, loss, agree = [], [], []
+    for window, p, q in zip(case.windows, full(case, gguf), found):
+        divergence.append(kl(p.astype(np.float64), q.astype(np.float64)))
+        loss.append(nll(q, window.tokens[window.scored]))
+        agree.append(p.argmax(-1) == q.argmax(-1))
+    return {
+        "kl": float(np.concatenate(divergence).mean()),
+        "nll": float(np.concatenate(loss).mean()),
+        "top1": float(np.concatenate(agree).mean()),
+    }
+
+
+def kv_bytes(case: Case) -> int:
+    """Bytes of the F16 KV cache of the prefix."""
+    return len(case.prefix.tokens) * _kv_values_per_token() * 2
+
+
+@lru_cache(maxsize=1)
+def _kv_values_per_token() -> int:
+    fields = gguf.GGUFReader(DEFAULT_MODEL).fields
+    architecture = fields["general.architecture"].contents()
+    names = ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv")
+    n_layer, n_embd, n_head, n_head_kv = (fields[f"{architecture}.{name}"].contents() for name in names)
+    return n_layer * n_head_kv * 2 * (n_embd // n_head)
