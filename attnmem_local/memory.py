@@ -85,13 +85,17 @@ class LayerMemory:
 
 def rows(table: np.ndarray) -> np.ndarray:
     """A table of keys or values as float32 [n, d]."""
-    return gguf.quants.dequantize(table, Q8_0) if table.dtype == np.uint8 and len(table) else table.astype(np.float32)
+    if table.dtype != np.uint8:
+        return table.astype(np.float32)
+    blocks = np.ascontiguousarray(table).reshape(-1, _Q8_0_BYTES)
+    x = _block_scales(table).astype(np.float32) * blocks[:, 2:].view(np.int8)
+    return x.reshape(len(table), table.shape[1] // _Q8_0_BYTES * _Q8_0_BLOCK)
 
 
 def quantize_rows(x: np.ndarray) -> np.ndarray:
     """float32 [n, d] as Q8_0 [n, d / 32 * 34]. Raises OverflowError where a scale does not fit into float16."""
-    if x.shape[-1] % _Q8_0_BLOCK:
-        raise ValueError(f"rows of {x.shape[-1]} values do not divide into Q8_0 blocks of {_Q8_0_BLOCK}")
+    if x.shape[1] % _Q8_0_BLOCK:
+        raise ValueError(f"rows of {x.shape[1]} values do not divide into Q8_0 blocks of {_Q8_0_BLOCK}")
     table = gguf.quants.quantize(x, Q8_0)
     if not np.isfinite(_block_scales(table)).all():
         raise OverflowError(f"a value of {np.abs(x).max():.3g} does not fit into Q8_0")
@@ -119,6 +123,10 @@ class ModelSpec:
     fingerprint_norms: str
     fingerprint_vocab: str
 
+    def kv_bytes_per_token(self) -> int:
+        """Of a F16 KV cache."""
+        return self.block_count * self.head_count_kv * (self.key_length + self.value_length) * 2
+
 
 @dataclass
 class Memory:
@@ -140,8 +148,7 @@ class Memory:
 
     def kv_bytes(self) -> int:
         """Bytes of the F16 KV cache of the prefix that the memory replaces."""
-        m = self.model
-        return len(self.prefix_tokens) * m.block_count * m.head_count_kv * (m.key_length + m.value_length) * 2
+        return len(self.prefix_tokens) * self.model.kv_bytes_per_token()
 
     def n_entries(self, kind: str) -> np.ndarray:
         """Entries of a kind per segment, layer and KV head: int64 [n_segment, n_layer, n_head_kv]."""

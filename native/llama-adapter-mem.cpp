@@ -13,12 +13,13 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <stdexcept>
 
 static constexpr uint32_t MEM_FORMAT_VERSION = 1;
 static constexpr uint32_t MEM_MAX_SEGMENTS   = 256;
-static constexpr size_t   MEM_LAYER_TENSORS  = 13;    // of one segment at most: 9 for centroids, 4 for anchors
+static constexpr uint32_t MEM_MAX_TOP_K      = 1024;
 static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could overflow in a product
 
 //
@@ -256,7 +257,7 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
     }
 }
 
-// F32 or F16 numbers, all finite and of moderate size; -INFINITY is allowed where it means an empty state
+// all numbers are finite and of moderate size; -INFINITY is allowed where it means an empty state
 void mem_check_finite(const mem_file & file, const ggml_tensor * t, bool allow_minus_inf = false) {
     const int64_t n = ggml_nelements(t);
     bool ok = true;
@@ -266,9 +267,12 @@ void mem_check_finite(const mem_file & file, const ggml_tensor * t, bool allow_m
             ok &= std::fabs(x[i]) <= MEM_MAX_ABS || (allow_minus_inf && x[i] == -INFINITY);
         }
     } else {
-        const uint16_t * x = (const uint16_t *) file.data(t);
-        for (int64_t i = 0; i < n; i++) {
-            ok &= (x[i] & 0x7c00) != 0x7c00;
+        // F16, or the F16 scale that each block of Q8_0 begins with
+        const char * x = (const char *) file.data(t);
+        for (int64_t i = 0; i < n/ggml_blck_size(t->type); i++) {
+            uint16_t bits;
+            memcpy(&bits, x + i*ggml_type_size(t->type), sizeof(bits));
+            ok &= (bits & 0x7c00) != 0x7c00;
         }
     }
     if (!ok) {
@@ -287,41 +291,32 @@ void mem_check_offsets(const char * name, const int32_t * offset, int64_t n_offs
     }
 }
 
-llama_adapter_mem_entries mem_load_entries(const mem_file & file, const std::string & prefix, const llama_hparams & hparams, int il, bool has_lse) {
-    llama_adapter_mem_entries res;
-    if (!file.tensor(prefix + "key")) {
-        return res;
+struct mem_kind {
+    const char * name;
+
+    llama_adapter_mem_entries llama_adapter_mem_segment::* entries;
+
+    bool has_lse;
+    bool allow_empty; // the state of an entry may be the empty one
+    bool has_graph;   // may have one
+
+    size_t n_tensors(const llama_adapter_mem_entries & e) const {
+        return e.empty() ? 0 : 4 + has_lse + (e.graph.link0 ? 4 : 0);
     }
+};
 
-    const int64_t n_head_kv = hparams.n_head_kv(il);
+constexpr mem_kind MEM_KINDS[] = {
+    { "centroid", &llama_adapter_mem_segment::centroid, true,  true,  true  },
+    { "tangent",  &llama_adapter_mem_segment::tangent,  false, false, true  },
+    { "residual", &llama_adapter_mem_segment::residual, true,  false, true  },
+    { "token",    &llama_adapter_mem_segment::token,    false, false, true  },
+    { "anchor",   &llama_adapter_mem_segment::anchor,   false, false, false },
+};
 
-    res.key   = file.tensor(prefix + "key",   {GGML_TYPE_F16, GGML_TYPE_F32}, hparams.n_embd_head_k(il), -1);
-    const int64_t n = res.key->ne[1];
-    res.value = file.tensor(prefix + "value", {GGML_TYPE_F16, GGML_TYPE_F32}, hparams.n_embd_head_v(il), n);
-    res.bias  = file.tensor(prefix + "bias",  {GGML_TYPE_F32}, n);
-    mem_check_finite(file, res.key);
-    mem_check_finite(file, res.value);
-    mem_check_finite(file, res.bias);
-    if (has_lse) {
-        res.lse = file.tensor(prefix + "lse", {GGML_TYPE_F32}, n);
-        mem_check_finite(file, res.lse, true);
-    }
-
-    const ggml_tensor * offset = file.tensor(prefix + "offset", {GGML_TYPE_I32}, n_head_kv + 1);
-    mem_check_offsets(offset->name, file.data_i32(offset), n_head_kv + 1, n);
-    res.offset.assign(file.data_i32(offset), file.data_i32(offset) + n_head_kv + 1);
-
-    return res;
-}
+constexpr size_t MEM_MAX_KIND_TENSORS = 9; // of one kind in one segment of one layer
 
 llama_adapter_mem_graph mem_load_graph(const mem_file & file, const std::string & prefix, const llama_adapter_mem_entries & entries) {
     llama_adapter_mem_graph res;
-    if (!file.tensor(prefix + "link0")) {
-        return res;
-    }
-    if (entries.empty()) {
-        refuse(format("invalid: '%slink0' has no entries to link", prefix.c_str()));
-    }
 
     const int64_t n         = entries.key->ne[1];
     const int64_t n_head_kv = entries.offset.size() - 1;
@@ -369,6 +364,52 @@ llama_adapter_mem_graph mem_load_graph(const mem_file & file, const std::string 
     return res;
 }
 
+llama_adapter_mem_entries mem_load_entries(const mem_file & file, const std::string & prefix, const mem_kind & kind, const llama_hparams & hparams, int il) {
+    llama_adapter_mem_entries res;
+    if (!file.tensor(prefix + "key")) {
+        return res;
+    }
+
+    const int64_t n_head_kv = hparams.n_head_kv(il);
+
+    res.key   = file.tensor(prefix + "key",   {GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_Q8_0}, hparams.n_embd_head_k(il), -1);
+    const int64_t n = res.key->ne[1];
+    res.value = file.tensor(prefix + "value", {GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_Q8_0}, hparams.n_embd_head_v(il), n);
+    res.bias  = file.tensor(prefix + "bias",  {GGML_TYPE_F32}, n);
+    mem_check_finite(file, res.key);
+    mem_check_finite(file, res.value);
+    mem_check_finite(file, res.bias);
+    if (kind.has_lse) {
+        res.lse = file.tensor(prefix + "lse", {GGML_TYPE_F32}, n);
+        mem_check_finite(file, res.lse, kind.allow_empty);
+    }
+
+    const ggml_tensor * offset = file.tensor(prefix + "offset", {GGML_TYPE_I32}, n_head_kv + 1);
+    mem_check_offsets(offset->name, file.data_i32(offset), n_head_kv + 1, n);
+    res.offset.assign(file.data_i32(offset), file.data_i32(offset) + n_head_kv + 1);
+
+    if (kind.has_graph && file.tensor(prefix + "link0")) {
+        res.graph = mem_load_graph(file, prefix, res);
+    }
+
+    return res;
+}
+
+llama_adapter_mem_segment mem_load_segment(const mem_file & file, const std::string & prefix, const llama_hparams & hparams, int il) {
+    llama_adapter_mem_segment res;
+    for (const auto & kind : MEM_KINDS) {
+        res.*kind.entries = mem_load_entries(file, prefix + kind.name + ".", kind, hparams, il);
+    }
+
+    for (uint32_t h = 0; h < hparams.n_head_kv(il); h++) {
+        if (res.residual.n(h) > 0 && res.anchor.n(h) == 0) {
+            refuse(format("invalid: '%sresidual' has a head without anchors to correct", prefix.c_str()));
+        }
+    }
+
+    return res;
+}
+
 } // namespace
 
 void llama_adapter_mem::load(const char * path) {
@@ -386,9 +427,16 @@ void llama_adapter_mem::load(const char * path) {
     }
     mem_check_offsets("attnmem.segment.offset", segment_offset.data(), n_segments + 1, prefix_tokens.size());
 
+    if (gguf_find_key(file.gguf.get(), "attnmem.token.top_k") >= 0) {
+        token_top_k = file.u32("attnmem.token.top_k");
+        if (token_top_k < 1 || token_top_k > MEM_MAX_TOP_K) {
+            refuse(format("invalid: the key 'attnmem.token.top_k' is %" PRId64 ", expected 1 to %u", token_top_k, MEM_MAX_TOP_K));
+        }
+    }
+
     const auto & hparams = model->hparams;
 
-    if (file.tensors.size() > MEM_LAYER_TENSORS*n_segments*hparams.n_layer()) {
+    if (file.tensors.size() > std::size(MEM_KINDS)*MEM_MAX_KIND_TENSORS*n_segments*hparams.n_layer()) {
         refuse(format("invalid: %zu tensors are too many for %u segments of %u layers", file.tensors.size(), n_segments, hparams.n_layer()));
     }
 
@@ -397,16 +445,19 @@ void llama_adapter_mem::load(const char * path) {
     layers.resize(hparams.n_layer());
     for (uint32_t is = 0; is < n_segments; is++) {
         for (uint32_t il = 0; il < hparams.n_layer(); il++) {
-            const std::string prefix = format("seg.%u.blk.%u.", is, il);
+            llama_adapter_mem_segment segment = mem_load_segment(file, format("seg.%u.blk.%u.", is, il), hparams, il);
 
-            llama_adapter_mem_segment segment;
-            segment.centroid = mem_load_entries(file, prefix + "centroid.", hparams, il, true);
-            segment.graph    = mem_load_graph  (file, prefix + "centroid.", segment.centroid);
-            segment.anchor   = mem_load_entries(file, prefix + "anchor.",   hparams, il, false);
+            int64_t n_entries = 0;
+            for (const auto & kind : MEM_KINDS) {
+                n_tensors += kind.n_tensors(segment.*kind.entries);
+                n_entries += (segment.*kind.entries).n_all();
+            }
 
-            n_tensors += (segment.centroid.empty() ? 0 : 5) + (segment.graph.link0 ? 4 : 0) + (segment.anchor.empty() ? 0 : 4);
+            if (segment.token.n_all() > 0 && token_top_k == 0) {
+                refuse("invalid: the key 'attnmem.token.top_k' is missing");
+            }
 
-            if (segment.centroid.n_all() > 0 || segment.anchor.n_all() > 0) {
+            if (n_entries > 0) {
                 layers[il].segments.push_back(std::move(segment));
             }
         }
@@ -441,8 +492,9 @@ void llama_adapter_mem::load(const char * path) {
             buft = buft_host;
         }
         for (auto & segment : layers[il].segments) {
-            for (auto * entries : { &segment.centroid, &segment.anchor }) {
-                for (auto ** t : { &entries->key, &entries->bias, &entries->value, &entries->lse }) {
+            for (const auto & kind : MEM_KINDS) {
+                auto & entries = segment.*kind.entries;
+                for (auto ** t : { &entries.key, &entries.bias, &entries.value, &entries.lse }) {
                     if (*t) {
                         ggml_tensor * copy = ggml_dup_tensor(ctx_for_buft(buft), *t);
                         ggml_set_name(copy, (*t)->name);

@@ -21,22 +21,7 @@ struct llama_cparams;
 // File format: docs/memory-format.md
 //
 
-// the entries of one kind in one segment of one layer; the KV heads lie one after another
-struct llama_adapter_mem_entries {
-    ggml_tensor * key   = nullptr; // [n_embd_head_k, n]
-    ggml_tensor * bias  = nullptr; // [n]
-    ggml_tensor * value = nullptr; // [n_embd_head_v, n]
-    ggml_tensor * lse   = nullptr; // [n], centroids only
-
-    std::vector<int32_t> offset;   // [n_head_kv + 1], head h owns the entries offset[h] .. offset[h + 1] - 1
-
-    bool empty() const { return offset.empty(); }
-
-    int64_t n(int64_t h) const { return empty() ? 0 : offset[h + 1] - offset[h]; }
-    int64_t n_all()      const { return empty() ? 0 : offset.back(); }
-};
-
-// a HNSW graph over the centroids of one segment of one layer, used in place; all ids are local to their head
+// a HNSW graph over the entries of one kind in one segment of one layer, used in place; all ids are local to their head
 struct llama_adapter_mem_graph {
     const int32_t * link0 = nullptr; // [n][m0]     neighbours on level 0, -1 fills the rest
     const int32_t * link  = nullptr; // [n_upper][m] neighbours on the levels above
@@ -47,10 +32,29 @@ struct llama_adapter_mem_graph {
     int32_t m  = 0;
 };
 
+// the entries of one kind in one segment of one layer; the KV heads lie one after another
+struct llama_adapter_mem_entries {
+    ggml_tensor * key   = nullptr; // [n_embd_head_k, n]
+    ggml_tensor * bias  = nullptr; // [n]
+    ggml_tensor * value = nullptr; // [n_embd_head_v, n]
+    ggml_tensor * lse   = nullptr; // [n], centroids and residuals only
+
+    std::vector<int32_t> offset;   // [n_head_kv + 1], head h owns the entries offset[h] .. offset[h + 1] - 1
+
+    llama_adapter_mem_graph graph; // optional
+
+    bool empty() const { return offset.empty(); }
+
+    int64_t n(int64_t h) const { return empty() ? 0 : offset[h + 1] - offset[h]; }
+    int64_t n_all()      const { return empty() ? 0 : offset.back(); }
+};
+
 struct llama_adapter_mem_segment {
     llama_adapter_mem_entries centroid; // the entry with the largest key*q + bias gives its state (value, lse)
-    llama_adapter_mem_graph   graph;    // optional
-    llama_adapter_mem_entries anchor;   // attended: logits kq_scale*key*q + bias
+    llama_adapter_mem_entries tangent;  // the same, and that largest score is the lse
+    llama_adapter_mem_entries residual; // the same, and (value, lse) is added to the state of the anchors
+    llama_adapter_mem_entries token;    // the token_top_k entries with the largest kq_scale*key*q + bias are attended
+    llama_adapter_mem_entries anchor;   // all are attended: logits kq_scale*key*q + bias
 };
 
 struct llama_adapter_mem_layer {
@@ -71,6 +75,8 @@ struct llama_adapter_mem {
     float kq_scale        = 0.0f;
     float rope_freq_base  = 0.0f;
     float rope_freq_scale = 0.0f;
+
+    int64_t token_top_k = 0;
 
     std::unordered_map<std::string, std::string> gguf_kv;
 

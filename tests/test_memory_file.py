@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import gguf
 import numpy as np
 import pytest
+from mixed import mixed_memory
 from tiny import write_tiny
 
 from attnmem_local import errors, memory as memory_module
 from attnmem_local.build import build_memory
 from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.memory import Memory
+from attnmem_local.memory import Memory, quantize_rows, rows
 from attnmem_local.runtime import MemoryLlama
 
 
@@ -23,6 +24,17 @@ def good(tiny):
 @pytest.fixture(scope="module")
 def llama(tiny):
     return MemoryLlama(str(tiny.path), verbose=False)
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny32):
+    """Every kind of entries, in Q8_0."""
+    return mixed_memory(tiny32.model.spec, tiny32.prefix, q8_0=True)
+
+
+@pytest.fixture(scope="module")
+def llama32(tiny32):
+    return MemoryLlama(str(tiny32.path), verbose=False)
 
 
 def refused_by_both(llama, path, error, match=None):
@@ -49,6 +61,22 @@ def test_round_trip(tiny, good):
     good.fidelity = {"kl_mean": 0.25}
     assert same(Memory.load(tiny.save(good, "good")), good)
     good.prefix_messages, good.fidelity = None, {}
+
+
+def test_round_trip_of_all_kinds(tiny32, mixed):
+    path = tiny32.save(mixed, "mixed")
+    assert same(Memory.load(path), mixed)
+    assert mixed.nbytes() == sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors)
+
+
+def test_q8_0_rows():
+    x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    table = quantize_rows(x)
+    assert table.shape == (5, 2 * 34)
+    assert np.abs(rows(table) - x).max() <= np.abs(x).max() / 127 * 0.51
+    assert rows(quantize_rows(x[:0])).shape == (0, 64)
+    with pytest.raises(OverflowError, match="does not fit into Q8_0"):
+        quantize_rows(x * 1e8)
 
 
 def test_same_inputs_and_seed_give_the_same_file(tiny):
@@ -148,6 +176,45 @@ def test_invalid_content(tiny, good, llama, what):
     INVALID[what](bad)
     refused_by_both(llama, tiny.save(bad, "bad"), errors.Invalid)
     llama._loaded.clear()
+
+
+def _layer(m):
+    return m.layers[0][1]
+
+
+INVALID_KINDS = {
+    "residual without anchors": lambda m: setattr(_layer(m), "anchor", None),
+    "residual of a head without anchors": lambda m: _set(_layer(m).anchor, "offset", 1, 0),
+    "residual with an empty state": lambda m: _set(_layer(m).residual, "lse", 0, -np.inf),
+    "token without top_k": lambda m: setattr(m, "token_top_k", None),
+    "top_k of 0": lambda m: setattr(m, "token_top_k", 0),
+    "top_k of 1025": lambda m: setattr(m, "token_top_k", 1025),
+    "Q8_0 rows of another width": lambda m: setattr(_layer(m).anchor, "key", np.hstack([_layer(m).anchor.key] * 2)),
+    "too few Q8_0 rows": lambda m: setattr(_layer(m).token, "value", _layer(m).token.value[1:]),
+    "infinite Q8_0 scale": lambda m: _set(_layer(m).tangent, "value", (2, slice(2)), [0, 0x7C]),
+    "NaN Q8_0 scale": lambda m: _set(_layer(m).token, "key", (-1, slice(2)), [1, 0xFC]),
+    "biases in Q8_0": lambda m: setattr(_layer(m).anchor, "bias", _layer(m).anchor.key),
+    "log-sum-exp of a tangent": lambda m: setattr(_layer(m).tangent, "lse", _layer(m).tangent.bias),
+    "residual without log-sum-exp": lambda m: setattr(_layer(m).residual, "lse", None),
+    "link beyond the tangents": lambda m: _set(_layer(m).tangent.graph, "link0", (3, 0), 50),
+    "upper link beyond the tokens": lambda m: _set(_layer(m).token.graph, "link", (0, 0), 60),
+    "entry point beyond the residuals": lambda m: _set(_layer(m).residual.graph, "entry", 0, 30),
+    "graph of anchors": lambda m: setattr(_layer(m).anchor, "graph", _layer(m).token.graph),
+}
+
+
+@pytest.mark.parametrize("what", INVALID_KINDS)
+def test_invalid_content_of_the_other_kinds(tiny32, mixed, llama32, what):
+    bad = copy.deepcopy(mixed)
+    INVALID_KINDS[what](bad)
+    refused_by_both(llama32, tiny32.save(bad, "bad"), errors.Invalid)
+    llama32._loaded.clear()
+
+
+def test_q8_0_in_heads_narrower_than_its_blocks(tiny, good, llama):
+    bad = copy.deepcopy(good)
+    _centroid(bad).key = quantize_rows(np.tile(rows(_centroid(bad).key), 2))
+    refused_by_both(llama, tiny.save(bad, "bad"), errors.Invalid)
 
 
 def test_token_outside_the_vocabulary(tiny, good, llama):

@@ -3,12 +3,24 @@
 import numpy as np
 import pytest
 import torch
+from mixed import mixed_memory, random_queries
 
 from attnmem_local import native
 from attnmem_local.evaluate import Scorer, kl, log_softmax
 from attnmem_local.memory import Memory
 from attnmem_local.reference import memory_session, memory_state
 from attnmem_local.runtime import MemoryLlama
+
+
+def reference_states(memory, layer, q):
+    """As native.state: float32 [n_tokens, n_head, d_v + 1] for q [n_tokens, n_head, d_k]."""
+    grouped = torch.from_numpy(q).unflatten(1, (memory.model.head_count_kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    o, lse = memory_state(memory, layer, grouped)
+    return torch.cat((o, lse[..., None]), dim=-1).unflatten(1, (-1, len(q))).permute(2, 0, 1, 3).flatten(1, 2).numpy()
+
+
+def relative_error(got, expected):
+    return np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
 
 
 @pytest.mark.parametrize("kind", ["exact", "fitted"])
@@ -18,15 +30,51 @@ def test_states(tiny, kind):
     spec = memory.model
     llama = MemoryLlama(str(tiny.path), memory=path, verbose=False)
     q = 3 * np.random.default_rng(0).standard_normal((50, spec.head_count, spec.key_length)).astype(np.float32)
-    grouped = torch.from_numpy(q).unflatten(1, (spec.head_count_kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)
     for layer in range(spec.block_count):
-        o, lse = memory_state(memory, layer, grouped)
-        expected = torch.cat((o, lse[..., None]), dim=-1).unflatten(1, (-1, 50)).permute(2, 0, 1, 3).flatten(1, 2).numpy()
-        got = native.state(llama.memories[0].memory.handle, layer, q, "scan")
-        error = np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        error = relative_error(native.state(llama.memories[0].memory.handle, layer, q, "scan"), reference_states(memory, layer, q))
         # the runtime rounds q to float16, so a few queries on the border of two cells may find the other entry
         assert np.mean(error < 2e-3) > 0.98
         assert np.median(error) < 1e-3
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["f16", "q8_0"])
+def mixed(request, tiny32):
+    return tiny32.save(mixed_memory(tiny32.model.spec, tiny32.prefix, request.param), f"mixed-{request.param}")
+
+
+def test_states_of_all_kinds(tiny32, mixed):
+    memory = Memory.load(mixed)
+    spec = memory.model
+    llama = MemoryLlama(str(tiny32.path), memory=mixed, verbose=False)
+    handle = llama.memories[0].memory.handle
+    q = random_queries(np.random.default_rng(1), 100, spec.head_count, spec.key_length)
+    for layer in range(spec.block_count):
+        error = relative_error(native.state(handle, layer, q, "scan"), reference_states(memory, layer, q))
+        assert np.mean(error < 1e-3) > 0.99
+        assert np.median(error) < 2e-5
+
+
+@pytest.mark.parametrize("n_live", [1, 3, 40])
+def test_the_stock_path_and_the_cpu_op_agree_on_all_kinds(tiny32, mixed, n_live):
+    live = tiny32.live[:n_live]
+    logits = {}
+    for lookup in ("stock", "scan"):
+        scorer = Scorer(tiny32.path, lookup=lookup)
+        scorer.llama.attach(mixed, gain=0.5)
+        logits[lookup] = scorer.log_probs(live)
+    # the error of a query that finds the other of two entries stays with its token
+    error = kl(logits["stock"], logits["scan"])
+    assert np.median(error) < 1e-6 and error.mean() < 1e-3
+    assert kl(logits["stock"], Scorer(tiny32.path).log_probs(live)).mean() > 0.01
+
+
+def test_hnsw_finds_what_a_scan_finds_in_all_kinds(tiny32):
+    path = tiny32.save(mixed_memory(tiny32.model.spec, tiny32.prefix, q8_0=True, times=20), "large")
+    llama = MemoryLlama(str(tiny32.path), memory=path, verbose=False)
+    handle = llama.memories[0].memory.handle
+    q = random_queries(np.random.default_rng(1), 100, tiny32.model.spec.head_count, 32)
+    error = [relative_error(*(native.state(handle, layer, q, lookup) for lookup in ("hnsw", "scan"))) for layer in range(3)]
+    assert np.mean(np.array(error) < 1e-4) > 0.97
 
 
 def test_logits(tiny):
