@@ -4,17 +4,16 @@
 
 Prefixes: see prefixes.py. Every method compresses the same prefix, may look at the same build text, and is scored on
 the same live text after it, which no method has seen. KL is to the full-prefix run, in nats per position; NLL is of the
-true text, in nats per token. A share is of the bytes of the prefix's F16 KV cache. Models: an F32 copy of the default
-one; the row of the quantized model compares that with itself. Peers of kvpress run in PyTorch, and their KL is to the
-full cache there; all others run in llama.cpp.
+true text, in nats per token; in the chat the true text is what the full-prefix model answers. A share is of the bytes of
+the prefix's F16 KV cache. Models: an F32 copy of the default one; the row of the quantized model compares that with
+itself. Peers of kvpress run in PyTorch, and their KL is to the full cache there; all others run in llama.cpp.
 
 Prints a table; a run of everything writes it with date and versions, and a plot, to results/. What has been measured is
-kept under build/fidelity-cache, so that an interrupted run goes on where it was; --fresh measures again.
+kept under build/fidelity-cache, so that an interrupted run goes on where it was; --fresh measures the chosen rows again.
 Needed: pip install -e ".[build,bench]".
 """
 
 import json
-import shutil
 from datetime import date
 from fractions import Fraction
 from functools import partial
@@ -42,7 +41,7 @@ console = Console(stderr=True)
 
 def attnmem(case: Case, share: float, quantized: bool = False) -> dict:
     """Our memory, on the F32 copy or on the quantized model that it was built from."""
-    path = case.folder / f"attnmem-{share:.5f}.mem.gguf"
+    path = case.folder / f"attnmem {share:.5f}.mem.gguf"
     if not path.exists():
         windows = case.build_windows()
         build_memory(builder(), case.prefix, path, queries=[windows], share=share, progress=Progress())
@@ -82,7 +81,7 @@ class _Share(click.ParamType):
 @click.option("--prefix", "prefixes", multiple=True, type=click.Choice(list(CASES)), help="Default: all.")
 @click.option("--share", "shares", multiple=True, type=_Share(), help="Of the F16 KV cache; default: 1/32 to 1/2.")
 @click.option("--method", "methods", multiple=True, type=click.Choice([*FIXED, *METHODS]), help="Default: all.")
-@click.option("--fresh", is_flag=True, help="Forget what was measured.")
+@click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @click.option("--quick", is_flag=True, help="A trial on 512 tokens and one window.")
 @click.option("--json", "as_json", is_flag=True)
 def main(prefixes, shares, methods, fresh: bool, quick: bool, as_json: bool) -> None:
@@ -95,10 +94,7 @@ def main(prefixes, shares, methods, fresh: bool, quick: bool, as_json: bool) -> 
                 f"{name} is left out: '{error.filename}' is missing; ATTNMEM_DATA names the folder of the data", style="yellow"
             )
             continue
-        if fresh:
-            shutil.rmtree(case.folder)
-            del case.folder
-        rows += measure(case, shares or SHARES, methods or (*FIXED, *METHODS))
+        rows += measure(case, shares or SHARES, methods or (*FIXED, *METHODS), fresh)
     result = {"date": date.today().isoformat(), "versions": versions(), "quick": quick, "rows": rows}
     if not rows:
         raise click.ClickException("there is nothing to measure")
@@ -112,13 +108,16 @@ def main(prefixes, shares, methods, fresh: bool, quick: bool, as_json: bool) -> 
         Console(width=180).print(table(rows))
 
 
-def measure(case: Case, shares, methods) -> list[dict]:
+def measure(case: Case, shares, methods, fresh: bool) -> list[dict]:
     """One row per method and share, those that failed with an error instead of figures."""
     rows = []
     for method in methods:
         for share in (None,) if method in FIXED else shares:
             row = {"prefix": case.name, "method": method, "target": share and float(share)}
-            path = case.folder / f"{method}{'' if share is None else f' {float(share):.5f}'}.json"
+            stem = method if share is None else f"{method} {float(share):.5f}"
+            for old in case.folder.glob(f"{stem}.*") if fresh else ():
+                old.unlink()
+            path = case.folder / f"{stem}.json"
             if path.exists():
                 row |= json.loads(path.read_text())
             else:
