@@ -7,20 +7,30 @@ from typing import Sequence
 
 import torch
 
-from .capture import Captured, PrefixKV, capture, prefill
-from .entries import EntryState, Metric, centroid_entries, cluster, exact_anchors, join_heads, mean_state
-from .hnsw import M, build_graph
-from .memory import LayerMemory, Memory, check_space, rows
+from .budget import Plan, plan_for_bytes
+from .capture import Packed, PrefixKV, prefill
+from .check import held_out_fidelity
+from .entries.anchor import anchor_state, exact_anchors, fit_best_anchors
+from .entries.centroid import centroid_entries, cluster, mean_state
+from .entries.head import HeadEntries, join_heads, no_entries
+from .entries.residual import residual_entries
+from .entries.tangent import tangent_entries
+from .entries.target import Target
+from .hnsw import build_graph
+from .memory import KINDS, LayerMemory, Memory, check_space
 from .model import BuildModel, load_model
 from .prefix import Prefix, chat_prefix, read_prefix
 from .progress import Progress
 from .queries.repeat_prefill import repeat_prefill
 from .queries.self_study import self_study
 from .queries.traces import read_traces, traces
+from .reference import memory_state
 from .state import exact_state
 
 WINDOW = 384  # tokens of live text in one window
 STUDY_WINDOW = 192  # of self-study: more and shorter windows are written faster than few long ones
+HELD_OUT = 12  # one of so many windows is not built from, but measured on
+SHARE = 1 / 8  # of the prefix's KV bytes, if nothing else is asked for
 
 
 def build_memory(
@@ -28,10 +38,9 @@ def build_memory(
     prefix: str | os.PathLike | list[dict] | Prefix,
     out: str | os.PathLike | None = None,
     *,
+    share: float | None = None,
+    nbytes: int | None = None,
     queries: Sequence[str | list] = ("repeat", "self-study"),
-    entries: int = 2048,
-    metric: Metric = "l2",
-    state: EntryState = "mean",
     system: bool = False,
     windows: int = 24,
     seed: int = 0,
@@ -42,8 +51,8 @@ def build_memory(
 
     model: a GGUF file or a transformers directory, or a model that is already loaded.
     prefix: a file (text, or `.json` with chat messages), chat messages, or a Prefix.
+    share, nbytes: the size of the memory, as a share of the prefix's F16 KV cache or in bytes.  [default: share 1/8]
     queries: where queries come from: "repeat", "self-study", the path of a file of traces, or a list of traces.
-    entries: centroids per layer and KV head. metric, state: see entries/centroid.py.
     system: the text of the file is the system message of a chat.
     windows: how many windows of live text self-study writes.
     The same inputs and seed give the same file. Raises ValueError or OSError for bad input; writes nothing then.
@@ -51,32 +60,43 @@ def build_memory(
     progress = progress or Progress(quiet=True)
     if out is not None and not Path(out).resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder of '{out}' does not exist")
+    if share is not None and nbytes is not None:
+        raise ValueError("give the size of the memory either as a share or in bytes")
 
     with progress.stage("load model"):
         model = model if isinstance(model, BuildModel) else load_model(model, device)
         prefix = _prefix(model, prefix, system)
         if not prefix.tokens:
             raise ValueError("the prefix is empty")
+        if nbytes is None:
+            nbytes = int((SHARE if share is None else share) * len(prefix.tokens) * model.spec.kv_bytes_per_token())
         if out is not None:
-            check_space(out, model.spec.block_count * model.spec.head_count_kv * entries * _bytes_per_entry(model))
+            check_space(out, nbytes)
 
     with progress.stage("prefill", len(prefix.tokens)) as step:
         kv = prefill(model, prefix.tokens, progress=step)
 
-    texts: list[list[int]] = []
+    build_text, held_out = [], []
     for source in queries:
+        if source == "repeat":
+            build_text += repeat_prefill(prefix, WINDOW)
+            continue
         if source == "self-study":
             with progress.stage("self-study", windows * STUDY_WINDOW) as step:
-                texts += self_study(model, prefix, kv, windows, STUDY_WINDOW, seed, step)
-        elif source == "repeat":
-            texts += repeat_prefill(prefix, WINDOW)
+                found = self_study(model, prefix, kv, windows, STUDY_WINDOW, seed, step)
         else:
-            texts += traces(model.tokenizer, prefix, source if isinstance(source, list) else read_traces(source), WINDOW)
-    if not texts:
+            found = traces(model.tokenizer, prefix, source if isinstance(source, list) else read_traces(source), WINDOW)
+        build_text += [w for i, w in enumerate(found) if i % HELD_OUT != HELD_OUT // 2]
+        held_out += found[HELD_OUT // 2 :: HELD_OUT]
+    if not build_text:
         raise ValueError("there are no queries to build from; give traces, 'repeat' or 'self-study'")
 
-    memory = fit_memory(model, prefix, kv, texts, entries=entries, metric=metric, state=state, seed=seed, progress=progress)
+    plan = plan_for_bytes(model, kv, build_text, nbytes, seed, progress)
+    memory = fit_memory(model, prefix, kv, build_text, plan, seed=seed, progress=progress)
     memory.build["queries"] = ", ".join(s if isinstance(s, str) else f"{len(s)} traces" for s in queries)
+    if held_out:
+        with progress.stage("check"):
+            memory.fidelity = held_out_fidelity(model, kv, memory, held_out)
     if out is not None:
         with progress.stage("write"):
             memory.save(out)
@@ -88,58 +108,81 @@ def fit_memory(
     prefix: Prefix,
     kv: PrefixKV,
     windows: list[list[int]],
+    plan: Plan,
     *,
-    entries: int = 2048,
-    metric: Metric = "l2",
-    state: EntryState = "mean",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Memory:
-    """The memory of a prefix with keys and values kv, for live text like these windows of tokens."""
+    """The memory of a prefix with keys and values kv, for live text like these windows of tokens.
+
+    One pass over the text, layer by layer: each layer is fitted to the queries that it sees when the layers below have
+    their memory already, and to the exact states of the prefix for them.
+    """
     progress = progress or Progress(quiet=True)
-    n_tokens = sum(map(len, windows))
-    with progress.stage("capture", n_tokens) as step:
-        captured = capture(model, kv, windows, progress=step)
-    with progress.stage("fit", model.spec.block_count) as step:
-        layers = {}
-        for il, layer in enumerate(captured):
-            layers[il] = fit_layer(model, kv, il, layer, entries, metric, state, seed)
-            step(1)
-    return Memory(
+    memory = Memory(
         model=model.spec,
         prefix_tokens=prefix.tokens,
         prefix_text=prefix.text,
         prefix_messages=prefix.messages,
         segment_offset=[0, len(prefix.tokens)],
-        layers=[layers],
+        layers=[{}],
         build={
-            "query_tokens": n_tokens,
-            "entries": entries,
-            "metric": metric,
-            "state": state,
+            "query_tokens": sum(map(len, windows)),
+            "plan": plan.name,
             "seed": seed,
             "attnmem": version("attnmem-local"),
             "torch": str(torch.__version__),
             "transformers": version("transformers"),
         },
     )
+    with progress.stage("fit", model.spec.block_count) as step, torch.no_grad():
+
+        def visit(il: int, target: Target):
+            memory.layers[0][il] = fit_layer(model, kv, il, target, plan, seed)
+            step(1)
+            return memory_state(memory, il, model.to_gguf_order(target.q))
+
+        Packed(kv, windows, visit).run(model, logits_to_keep=1)
+    return memory
 
 
-def fit_layer(
-    model: BuildModel, kv: PrefixKV, il: int, captured: Captured, entries: int, metric: Metric, state: EntryState, seed: int
-) -> LayerMemory:
-    """Centroids of one layer and the graph over them."""
+def fit_layer(model: BuildModel, kv: PrefixKV, il: int, target: Target, plan: Plan, seed: int) -> LayerMemory:
+    """The entries of one layer, and the graphs over those that are looked up."""
     heads = []
     for h in range(model.spec.head_count_kv):
-        k, v = kv.k[il][h], kv.v[il][h]
-        q, o, lse = (x[h].to(model.device) for x in (captured.q, captured.o, captured.lse))
-        centroid, nearest = cluster(q, entries, metric, torch.Generator().manual_seed(seed))
-        states = exact_state(centroid, k, v, model.spec.scale) if state == "exact" else mean_state(o, lse, nearest)
-        heads.append(centroid_entries(centroid, states, metric))
-    centroid = join_heads(heads, model.to_gguf_order)
-    keys = [rows(centroid.key[centroid.head(h)]) for h in range(len(heads))]
-    centroid.graph = build_graph(keys, seed, threads=os.cpu_count() or 1)
-    return LayerMemory(centroid)
+        generator = torch.Generator().manual_seed(seed)
+        heads.append(fit_head(kv.k[il][h], kv.v[il][h], target.head(h), plan, il, h, model.spec.scale, generator))
+    layer = LayerMemory()
+    for kind in KINDS:
+        if any(kind.name in head for head in heads):
+            parts = [head.get(kind.name) or no_entries(model.spec) for head in heads]
+            entries = join_heads(parts, model.to_gguf_order, plan.eight_bit)
+            if kind.has_graph:
+                entries.graph = build_graph([p.place.cpu().numpy() for p in parts], seed, threads=os.cpu_count() or 1)
+            setattr(layer, kind.name, entries)
+    return layer
+
+
+def fit_head(
+    k: torch.Tensor, v: torch.Tensor, target: Target, plan: Plan, il: int, h: int, scale: float, generator: torch.Generator
+) -> dict[str, HeadEntries]:
+    """The entries of one KV head with prefix keys k [P, d_k] and values v [P, d_v], by kind."""
+    n_anchors, n_entries = int(plan.anchors[il, h]), int(plan.entries[il, h])
+    found = {}
+    if n_anchors >= len(k):
+        return {"anchor": exact_anchors(k, v)}
+    if n_anchors:
+        found["anchor"] = fit_best_anchors(target, k, v, n_anchors, scale, plan.tune_steps, generator)
+    if n_entries:
+        place, group = cluster(target.q, n_entries, plan.metric, generator)
+        if n_anchors:
+            found["residual"] = residual_entries(place, group, target, anchor_state(found["anchor"], target.q, scale))
+        elif plan.table == "tangent":
+            found["tangent"] = tangent_entries(place, mean_state(target.o, target.lse, group)[0], k, scale)
+        else:
+            state = exact_state(place, k, v, scale) if plan.state == "exact" else mean_state(target.o, target.lse, group)
+            found["centroid"] = centroid_entries(place, state, plan.metric)
+    return found
 
 
 def exact_memory(model: BuildModel, prefix: Prefix, kv: PrefixKV) -> Memory:
@@ -149,11 +192,6 @@ def exact_memory(model: BuildModel, prefix: Prefix, kv: PrefixKV) -> Memory:
         for il in range(model.spec.block_count)
     }
     return Memory(model.spec, prefix.tokens, prefix.text, [layers], [0, len(prefix.tokens)], prefix.messages)
-
-
-def _bytes_per_entry(model: BuildModel) -> int:
-    """Of a centroid: key and value in float16, bias, log-sum-exp, and its links on level 0."""
-    return 2 * (model.spec.key_length + model.spec.value_length) + 4 + 4 + 4 * 2 * M
 
 
 def _prefix(model: BuildModel, prefix, system: bool) -> Prefix:

@@ -10,29 +10,37 @@ from typing import Callable, Protocol
 import torch
 import transformers
 
+from .entries.target import Target
 from .state import State, causal_state, exact_state, merge
 
 ATTENTION_NAME = "attnmem"
 
 
 class Session(Protocol):
-    def past(self, layer: int, q: torch.Tensor, scale: float) -> State | None:
-        """State of what lies before the live tokens for queries q [batch, n_head_kv, g·n_tokens, d_k]."""
+    def past(self, layer: int, q: torch.Tensor, scale: float, live: State) -> State | None:
+        """State of what lies before the live tokens for queries q [batch, n_head_kv, g·n_tokens, d_k].
+
+        live: their state over the live tokens, shaped like the result.
+        """
 
     def live(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All live keys and values, given those of the tokens just run [batch, n_head_kv, n_tokens, d]."""
+
+    hidden: torch.Tensor | None  # bool, true where a live token is not seen: [batch, 1, 1, n_tokens, n]; None is causal
 
 
 def _attention(module, query, key, value, attention_mask, scaling, session: Session, **_):
     batch, n_head, n_tokens, d_k = query.shape
     n_head_kv = key.shape[1]
     q = query.float().reshape(batch, n_head_kv, -1, d_k)  # the query heads of a group follow each other
-    past = session.past(module.layer_idx, q, scaling)
     k, v = session.live(module.layer_idx, key, value)
-    q = q.view(batch, n_head_kv, -1, n_tokens, d_k)
-    state = causal_state(q, k[:, :, None].float(), v[:, :, None].float(), scaling)
+    state = causal_state(
+        q.view(batch, n_head_kv, -1, n_tokens, d_k), k[:, :, None].float(), v[:, :, None].float(), scaling, session.hidden
+    )
+    state = tuple(x.flatten(2, 3) for x in state)
+    past = session.past(module.layer_idx, q, scaling, state)
     if past is not None:
-        state = merge(tuple(x.reshape(state[i].shape) for i, x in enumerate(past)), state)
+        state = merge(past, state)
     out = state[0].reshape(batch, n_head, n_tokens, -1)
     return out.transpose(1, 2).to(query.dtype), None
 
@@ -48,6 +56,15 @@ class PrefixKV:
     k: list[torch.Tensor] = field(default_factory=list)  # per layer [n_head_kv, P, d_k] float32
     v: list[torch.Tensor] = field(default_factory=list)  # per layer [n_head_kv, P, d_v] float32
 
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keys and values [n_head_kv, n, d] of the next n tokens."""
+        if layer == len(self.k):
+            self.k.append(k)
+            self.v.append(v)
+        else:
+            self.k[layer] = torch.cat((self.k[layer], k), dim=1)
+            self.v[layer] = torch.cat((self.v[layer], v), dim=1)
+
     def state(self, layer: int, q: torch.Tensor, scale: float) -> State:
         """Exact state of q [batch, n_head_kv, n_q, d_k]."""
         batch = len(q)
@@ -58,42 +75,36 @@ class PrefixKV:
 class _Prefill:
     """Runs the prefix itself, chunk by chunk, and keeps its keys and values."""
 
+    hidden = None
+
     def __init__(self, kv: PrefixKV):
         self.kv = kv
 
-    def past(self, layer, q, scale):
-        return self.kv.state(layer, q, scale) if layer < len(self.kv.k) else None
-
     def live(self, layer, k, v):
-        if layer == len(self.kv.k):
-            self.kv.k.append(k[0].float())
-            self.kv.v.append(v[0].float())
-        else:
-            self.kv.k[layer] = torch.cat((self.kv.k[layer], k[0].float()), dim=1)
-            self.kv.v[layer] = torch.cat((self.kv.v[layer], v[0].float()), dim=1)
+        self.chunk = k, v
         return k, v
+
+    def past(self, layer, q, scale, live):
+        state = self.kv.state(layer, q, scale) if layer < len(self.kv.k) else None
+        self.kv.append(layer, *(x[0].float() for x in self.chunk))  # only now: a chunk is not its own past
+        return state
 
 
 class Live:
-    """Runs live tokens after a prefix; with `seen` the queries of every layer and their states are handed on.
+    """Runs live tokens after a prefix.
 
     past_state: gives the state of the prefix, e.g. PrefixKV.state
-    seen(layer, q, state): q float32 [batch, n_head_kv, g·n_tokens, d_k], of one group member after the other
     """
 
-    def __init__(self, past_state: Callable[[int, torch.Tensor, float], State] | None, seen: Callable | None = None):
+    hidden = None
+
+    def __init__(self, past_state: Callable[[int, torch.Tensor, float], State] | None):
         self.past_state = past_state
-        self.seen = seen
         self.cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.n_tokens = 0
 
-    def past(self, layer, q, scale):
-        if self.past_state is None:
-            return None
-        state = self.past_state(layer, q, scale)
-        if self.seen is not None:
-            self.seen(layer, q, state)
-        return state
+    def past(self, layer, q, scale, live):
+        return None if self.past_state is None else self.past_state(layer, q, scale)
 
     def live(self, layer, k, v):
         if layer in self.cache:
@@ -103,57 +114,96 @@ class Live:
 
     def run(self, model, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [batch, n_tokens, n_vocab] of the next live tokens [batch, n_tokens]."""
-        logits = _forward(model, tokens, self.n_tokens, self)
+        with torch.no_grad():
+            logits = _forward(model, tokens, torch.arange(tokens.shape[1])[None] + self.n_tokens, self)
         self.n_tokens += tokens.shape[1]
         return logits
 
 
-def _forward(model, tokens, first_position, session, **options):
-    positions = torch.arange(first_position, first_position + tokens.shape[1], device=model.device)[None]
-    with torch.inference_mode():
-        return model.module(
-            input_ids=tokens.to(model.device), position_ids=positions, use_cache=False, session=session, **options
-        ).logits
+def _forward(model, tokens, positions, session, **options):
+    return model.module(
+        input_ids=tokens.to(model.device), position_ids=positions.to(model.device), use_cache=False, session=session, **options
+    ).logits
 
 
+@torch.no_grad()
 def prefill(model, tokens: list[int], chunk: int = 512, progress: Callable[[int], None] = lambda n: None) -> PrefixKV:
     """Keys and values of a prefix, computed in chunks so that memory stays bounded."""
     kv = PrefixKV()
     session = _Prefill(kv)
     for start in range(0, len(tokens), chunk):
         part = torch.tensor([tokens[start : start + chunk]])
-        _forward(model, part, start - len(tokens), session, logits_to_keep=1)
+        _forward(model, part, torch.arange(part.shape[1])[None] + start - len(tokens), session, logits_to_keep=1)
         progress(part.shape[1])
     return kv
 
 
-@dataclass
-class Captured:
-    """Live queries of one layer and their exact states over the prefix, on the CPU, in the order of transformers."""
+class Packed:
+    """Runs whole windows of live text after a prefix, all in one batch, layer by layer.
 
-    q: torch.Tensor  # [n_head_kv, n, d_k] float32, after RoPE
-    o: torch.Tensor  # [n_head_kv, n, d_v] float32
-    lse: torch.Tensor  # [n_head_kv, n] float32
-
-
-def capture(
-    model, kv: PrefixKV, windows: list[list[int]], batch: int = 4, progress: Callable[[int], None] = lambda n: None
-) -> list[Captured]:
-    """Queries of live text after the prefix, per layer.
-
-    windows: token sequences, each run on its own from position 0; those of equal length share a batch.
+    windows: token sequences, each of which follows the prefix on its own. Short ones share a row and do not see each other.
+    first: the position of the first token of each window, 0 if not given. Queries of later positions are those of long
+    chats: as RoPE is relative, their live attention is the same, that over the prefix is not.
+    visit(layer, target): is shown the queries of each layer and their exact states; the state it returns
+    (o [n_head_kv, n, d_v], lse [n_head_kv, n]) is what the model goes on with, None is the exact one.
     """
-    by_length: dict[int, list[list[int]]] = {}
-    for window in windows:
-        by_length.setdefault(len(window), []).append(window)
-    parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(model.spec.block_count)]
 
-    def seen(layer, q, state):
-        parts[layer].append(tuple(x.transpose(0, 1).flatten(1, 2).cpu() for x in (q, *state)))
+    def __init__(self, kv: PrefixKV, windows: list[list[int]], visit: Callable[[int, Target], State | None], first: list[int] | None = None):
+        self.kv, self.visit = kv, visit
+        rows = _pack([len(w) for w in windows])
+        shape = len(rows), sum(len(windows[i]) for i in rows[0])
+        self.tokens = torch.zeros(shape, dtype=torch.long)
+        self.positions = torch.zeros(shape, dtype=torch.long)
+        self.window = torch.full(shape, -1)  # the window of each token, −1 where a row is not full
+        for row, members in enumerate(rows):
+            at = 0
+            for i in members:
+                cells = (row, slice(at, at + len(windows[i])))
+                self.tokens[cells] = torch.tensor(windows[i])
+                self.positions[cells] = torch.arange(len(windows[i])) + (first[i] if first else 0)
+                self.window[cells] = i
+                at += len(windows[i])
+        later = torch.ones(shape[1], shape[1], dtype=torch.bool).triu(1)
+        self.hidden = (later | (self.window[:, :, None] != self.window[:, None, :]))[:, None, None]
 
-    for _, group in sorted(by_length.items(), reverse=True):
-        for i in range(0, len(group), batch):
-            tokens = torch.tensor(group[i : i + batch])
-            _forward(model, tokens, 0, Live(kv.state, seen), logits_to_keep=1)
-            progress(tokens.numel())
-    return [Captured(*(torch.cat(x, dim=1) for x in zip(*layer))) for layer in parts]
+    def past(self, layer, q, scale, live):
+        batch, n_head_kv, n_q, _ = q.shape
+        with torch.no_grad():  # for sensitivity.py, which needs gradients of what the model does with the states
+            exact = self.kv.state(layer, q, scale)
+            used = (self.window >= 0).to(q.device)[:, None].expand(batch, n_q // self.window.shape[1], -1).reshape(batch, n_q)
+            target = Target(*(x.detach().transpose(0, 1)[:, used] for x in (q, *exact, *live)))
+            if (state := self.visit(layer, target)) is None:
+                return exact
+            full = tuple(x.transpose(0, 1).contiguous() for x in exact)
+            for x, new in zip(full, state):
+                x[:, used] = new
+            return tuple(x.transpose(0, 1) for x in full)
+
+    def live(self, layer, k, v):
+        return k, v
+
+    def run(self, model, **options) -> torch.Tensor:
+        """Logits [n_row, n_tokens, n_vocab] of all rows; see `tokens` and `window`."""
+        self.hidden = self.hidden.to(model.device)
+        return _forward(model, self.tokens, self.positions, self, **options)
+
+
+def _pack(lengths: list[int]) -> list[list[int]]:
+    """Windows in rows that are no longer than the longest: first fit, longest first. The first row is full."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(lengths))
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+@torch.no_grad()
+def capture(model, kv: PrefixKV, windows: list[list[int]], first: list[int] | None = None) -> list[Target]:
+    """The queries of every layer, with their exact states."""
+    found: list[Target] = []
+    Packed(kv, windows, lambda layer, target: found.append(target), first).run(model, logits_to_keep=1)
+    return found

@@ -21,7 +21,7 @@ def merge(a: State, b: State) -> State:
 
 def state_of_logits(logits: torch.Tensor, v: torch.Tensor) -> State:
     """State from logits [..., n_q, n], which are overwritten, and values [..., n, d_v]."""
-    top = logits.amax(-1, keepdim=True)
+    top = logits.detach().amax(-1, keepdim=True)  # any number would do: no gradient goes through it
     top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
     p = logits.sub_(top).exp_()
     z = p.sum(-1, keepdim=True)
@@ -44,9 +44,13 @@ def exact_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
     return torch.cat([o for o, _ in parts], dim=-2), torch.cat([lse for _, lse in parts], dim=-1)
 
 
-def causal_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> State:
-    """State of n_q queries over n >= n_q keys of which the last n_q are the queries' own tokens."""
+def causal_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor | None = None) -> State:
+    """State of n_q queries over n >= n_q keys of which the last n_q are the queries' own tokens.
+
+    hidden: bool [..., n_q, n], true where a key is not seen; if not given, the keys of later tokens.
+    """
     n_q, n = q.shape[-2], k.shape[-2]
-    future = torch.ones(n_q, n, dtype=torch.bool, device=q.device).triu(n - n_q + 1)
-    logits = (scale * q @ k.to(q.dtype).transpose(-1, -2)).masked_fill_(future, -torch.inf)
+    if hidden is None:
+        hidden = torch.ones(n_q, n, dtype=torch.bool, device=q.device).triu(n - n_q + 1)
+    logits = (scale * q @ k.to(q.dtype).transpose(-1, -2)).masked_fill_(hidden, -torch.inf)
     return state_of_logits(logits, v.to(q.dtype))

@@ -17,6 +17,7 @@ import click
 
 from attnmem_local.capture import prefill
 from attnmem_local.cli.common import DEFAULT_MODEL
+from attnmem_local.budget import uniform_plan
 from attnmem_local.build import fit_memory
 from attnmem_local.dequantize import write_f32
 from attnmem_local.evaluate import Scorer, fidelity
@@ -50,7 +51,8 @@ def main(entries: int, metric: str, state: str, as_json: bool) -> None:
 
     with progress.stage("prefill", N_PREFIX) as step:
         kv = prefill(model, prefix.tokens, progress=step)
-    memory = fit_memory(model, prefix, kv, build_text, entries=entries, metric=metric, state=state, progress=progress)
+    plan = uniform_plan(model.spec, entries=entries, metric=metric, state=state)
+    memory = fit_memory(model, prefix, kv, build_text, plan, progress=progress)
     path = BUILD / "bench-centroids.mem.gguf"
     memory.save(path)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
+from attnmem_local.budget import uniform_plan
 from attnmem_local.build import exact_memory, fit_memory
 from attnmem_local.capture import prefill
 from attnmem_local.cli.common import DEFAULT_MODEL
@@ -48,7 +49,7 @@ def real(default_build_model, readme_tokens, tmp_path_factory):
     windows = [rest[i : i + 256] for i in range(0, 12 * 256, 256)]
     kv = prefill(default_build_model, tokens)
     prefix = Prefix(tokens, default_build_model.tokenizer.decode(tokens))
-    memory = fit_memory(default_build_model, prefix, kv, windows[2:], entries=1024)
+    memory = fit_memory(default_build_model, prefix, kv, windows[2:], uniform_plan(default_build_model.spec, entries=1024))
     path = tmp_path_factory.mktemp("real") / "readme.mem.gguf"
     memory.save(path)
     return path, memory, windows[:2]
@@ -71,7 +72,7 @@ class Tiny:
 
     def fitted(self, **options):
         windows = np.random.default_rng(8).integers(300, 1024, (6, 96)).tolist()
-        return fit_memory(self.model, self.prefix, self.kv, windows, **({"entries": 64} | options))
+        return fit_memory(self.model, self.prefix, self.kv, windows, uniform_plan(self.model.spec, **({"entries": 64} | options)))
 
     def save(self, memory, name: str) -> Path:
         path = self.folder / f"{name}.mem.gguf"

@@ -11,7 +11,7 @@ import transformers
 from attnmem_local import errors
 from attnmem_local.build import build_memory
 from attnmem_local.capture import prefill
-from attnmem_local.entries import cluster, mean_state
+from attnmem_local.entries.centroid import cluster, mean_state
 from attnmem_local.memory import Memory
 from attnmem_local.model import load_model
 from attnmem_local.prefix import chat_prefix, drop_prefix, with_prefix_messages
@@ -50,11 +50,12 @@ def test_chunks_do_not_change_the_prefix(tiny):
 
 def test_build_from_chat_messages(tiny, tmp_path):
     out = tmp_path / "chat.mem.gguf"
-    built = build_memory(tiny.model, SYSTEM, out, entries=16, windows=2)
+    built = build_memory(tiny.model, SYSTEM, out, share=0.5, windows=8)
     memory = Memory.load(out)
     assert memory.prefix_messages == SYSTEM and memory.prefix_tokens == built.prefix_tokens
     assert memory.build["queries"] == "repeat, self-study"
-    assert memory.n_entries("centroid").max() <= 16
+    assert memory.nbytes() < 0.55 * memory.kv_bytes()
+    assert memory.fidelity["kl_mean"] < memory.fidelity["kl_none"]
     answer = MemoryLlama(str(tiny.path), memory=out, verbose=False).create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=2)
     assert answer["choices"]
 

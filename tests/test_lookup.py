@@ -1,24 +1,18 @@
 """HNSW against exact search, on live queries of real text that the tables were not built from."""
 
 import numpy as np
-import torch
 
 from attnmem_local import native
-from attnmem_local.capture import Live, prefill
+from attnmem_local.capture import capture, prefill
 from attnmem_local.evaluate import fidelity
 from attnmem_local.runtime import MemoryLlama
 
 
 def live_queries(model, prefix_tokens, window):
     """Per layer float32 [n_tokens, n_head, d_k] in GGUF order."""
-    queries = {}
-
-    def seen(layer, q, state):
-        q = model.to_gguf_order(q[0]).unflatten(1, (-1, len(window)))  # [n_head_kv, g, n_tokens, d_k]
-        queries[layer] = q.permute(2, 0, 1, 3).flatten(1, 2).numpy()
-
-    Live(prefill(model, prefix_tokens).state, seen).run(model, torch.tensor([window]))
-    return queries
+    targets = capture(model, prefill(model, prefix_tokens), [window])
+    queries = (model.to_gguf_order(t.q).unflatten(1, (-1, len(window))) for t in targets)  # [n_head_kv, g, n_tokens, d_k]
+    return [q.permute(2, 0, 1, 3).flatten(1, 2).numpy() for q in queries]
 
 
 def test_recall(real, default_build_model, default_model):
@@ -26,7 +20,7 @@ def test_recall(real, default_build_model, default_model):
     llama = MemoryLlama(str(default_model), memory=path, verbose=False)
     handle = llama.memories[0].memory.handle
     found = []
-    for layer, q in live_queries(default_build_model, memory.prefix_tokens, window).items():
+    for layer, q in enumerate(live_queries(default_build_model, memory.prefix_tokens, window)):
         scan, hnsw = (native.state(handle, layer, q, lookup) for lookup in ("scan", "hnsw"))
         found.append((scan == hnsw).all(-1))
     assert np.mean(found) >= 0.98

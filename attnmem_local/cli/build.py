@@ -19,11 +19,8 @@ from .common import file_type, model_argument
     show_default=True,
     help="Where queries come from: repeat, self-study, or a file of traces (text, or .jsonl with text or messages). May be given several times.",
 )
-@click.option("-n", "--entries", default=2048, show_default=True, help="Centroids per layer and KV head.")
-@click.option("--metric", type=click.Choice(["l2", "cosine"]), default="l2", show_default=True, help="How near a centroid is.")
-@click.option(
-    "--state", type=click.Choice(["exact", "mean"]), default="mean", show_default=True, help="What an entry stores: the state at the centroid, or the mean of its queries' states."
-)
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Size of the memory as a share of the prefix's F16 KV cache.  [default: 1/8]")
+@click.option("--bytes", "nbytes", type=click.IntRange(1), help="Size of the memory in bytes, instead of --share.")
 @click.option("--system", is_flag=True, help="The text of PREFIX is the system message of a chat.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cpu or cuda.  [default: cuda when there is a GPU]")

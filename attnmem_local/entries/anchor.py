@@ -1,10 +1,131 @@
-"""Anchors: keys and values that are attended, with logits scale·q·k + bias."""
+"""Anchors: keys and values that are attended, with logits scale·q·k + bias.
+
+Chosen from the keys of the prefix and fitted so that attention over n of them gives the states of attention over all.
+Choice, bias and values are those of attention matching (Fast KV Compaction via Attention Matching, arXiv 2602.16284),
+with queries weighted by the share of attention they pay to the prefix. tune() then moves keys, biases and values
+together down the gradient of the error that matters, that of the output of attention over prefix and live tokens.
+"""
+
+import math
 
 import torch
 
+from ..state import State, merge, state_of_logits
 from .head import HeadEntries, round_to_half
+from .target import Target
+
+CHOICE_QUERIES = 4096  # queries that keys are chosen and closed forms are fitted by
+BATCH = 768  # queries of one step of tune()
+LEARNING_RATE = 0.5  # over the root of the number of anchors, in standard deviations of the keys and of the values
 
 
 def exact_anchors(k: torch.Tensor, v: torch.Tensor) -> HeadEntries:
     """Every key [P, d_k] and value [P, d_v] of the prefix as an anchor with bias 0: the exact memory."""
     return HeadEntries(key=round_to_half(k), bias=k.new_zeros(len(k)), value=v)
+
+
+def anchor_state(anchors: HeadEntries, q: torch.Tensor, scale: float) -> State:
+    """State of attention over anchors for queries q [n_q, d_k]."""
+    return state_of_logits(torch.addmm(anchors.bias, q, anchors.key.T, alpha=scale), anchors.value)
+
+
+def fit_best_anchors(
+    target: Target, k: torch.Tensor, v: torch.Tensor, n: int, scale: float, steps: int, generator: torch.Generator
+) -> HeadEntries:
+    """n anchors from keys k [P, d_k] and values v [P, d_v]: chosen by matching pursuit, fitted, and tuned.
+
+    The last eighth of the queries, which are of other windows, judges whether tuning went beyond what few queries tell.
+    """
+    judge, target = target[len(target) * 7 // 8 :], target[: len(target) * 7 // 8]
+    some = target[:: -(-len(target) // CHOICE_QUERIES)]
+    chosen = matching_pursuit(some, k, v, n, scale)
+    fitted = fit_anchors(some, k[chosen], v[chosen], scale)
+    tuned = tune(fitted, target, scale, steps, generator)
+    return min(fitted, tuned, key=lambda anchors: float(judge.error(anchor_state(anchors, judge.q, scale)).square().mean()))
+
+
+def rms_attention(target: Target, k: torch.Tensor, n: int, scale: float) -> torch.Tensor:
+    """Indices [n] of the keys [P, d_k] with the largest root mean square of attention."""
+    return _attention(target, k, scale).square().sum(0).topk(n).indices
+
+
+def matching_pursuit(target: Target, k: torch.Tensor, v: torch.Tensor, n: int, scale: float) -> torch.Tensor:
+    """Indices [n] of keys that together reproduce the mass and the values of attention, in the order they were chosen.
+
+    Orthogonal matching pursuit with weights w ≥ 0 on Σ_j w_j·A_j·[1, v_j/σ] ≈ share·[1, o/σ]; its Gram matrix is that of
+    attention times 1 + v_i·v_j/σ². About 64 rounds, the weights are refitted after each by multiplicative updates.
+    """
+    a, share = _attention(target, k, scale), target.share
+    sigma2 = v.square().sum(-1).mean()
+    gram = (a.T @ a).mul_(1 + v @ v.T / sigma2)
+    goal = a.T @ share + ((a * share[:, None]).T @ target.o * v).sum(-1) / sigma2
+    norm2 = gram.diagonal().clamp(min=1e-12)
+    chosen, w = torch.empty(0, dtype=torch.long, device=k.device), goal.new_empty(0)
+    left, free = goal.clone(), torch.ones(len(k), dtype=torch.bool, device=k.device)
+    step = max(1, n // 64)
+    while len(chosen) < n:
+        gain = torch.where(free, left.clamp(min=0).square() / norm2, -1.0)
+        new = gain.topk(min(step, n - len(chosen))).indices
+        free[new] = False
+        w = torch.cat((w, (left[new] / norm2[new]).clamp(min=1e-6) / len(new)))
+        chosen = torch.cat((chosen, new))
+        rows = gram[chosen]
+        own = rows[:, chosen]
+        for _ in range(10):
+            w = w * (goal[chosen] / (own @ w).clamp(min=1e-12)).clamp(0.1, 10)
+        left = goal - w @ rows
+    return chosen
+
+
+def fit_anchors(target: Target, k: torch.Tensor, v: torch.Tensor, scale: float) -> HeadEntries:
+    """Biases and values for chosen keys k [n, d_k] with values v [n, d_v], in closed form and float64.
+
+    The mass by weights w ≥ 0 with A·w ≈ 1, bias = log w; the values by ridge regression of the states' o, pulled
+    towards the original ones.
+    """
+    share = target.share.double()[:, None]
+    a = (scale * (target.q @ k.T) - target.lse[:, None]).exp().double()
+    b = a * share
+    gram, goal = b.T @ b, (b.T @ share)[:, 0]
+    w = goal.new_full((len(k),), float(goal.sum() / gram.sum()))
+    for _ in range(200):
+        w = w * (goal / (gram @ w + 1e-12)).clamp(0, 10)
+    w = w.clamp(1e-6, 1e8)
+    p = a * w
+    p = p / p.sum(-1, keepdim=True)
+    b = p * share
+    gram = b.T @ b
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean() + 1e-12)
+    change = torch.cholesky_solve(b.T @ ((target.o - p @ v.double()) * share), torch.linalg.cholesky(gram))
+    return HeadEntries(k, w.log().float(), (v + change).float())
+
+
+def tune(anchors: HeadEntries, target: Target, scale: float, steps: int, generator: torch.Generator) -> HeadEntries:
+    """Move keys, biases and values by Adam (arXiv 1412.6980) to a smaller squared error of the attention output."""
+    start = (anchors.key, anchors.bias, anchors.value)
+    size = (anchors.key.std(), 1.0, anchors.value.std())
+    moves = [torch.zeros_like(x, requires_grad=True) for x in start]
+    wanted = target.output()
+    unit = wanted.var(0).sum().clamp(min=1e-12)
+    optimizer = torch.optim.Adam(moves, lr=min(0.1, LEARNING_RATE / math.sqrt(len(anchors.key))), betas=(0.9, 0.98))
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1.0, (i + 1) / warm_up) * (0.51 + 0.49 * math.cos(math.pi * i / max(1, steps)))
+    )
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(len(target), (min(BATCH, len(target)),), generator=generator).to(anchors.key.device)
+            now = HeadEntries(*(x + s * move for x, s, move in zip(start, size, moves)))
+            part = target[rows]
+            output, _ = merge(anchor_state(now, part.q, scale), (part.live_o, part.live_lse))
+            loss = (output - wanted[rows]).square().sum(-1).mean() / unit
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return HeadEntries(*((x + s * move).detach() for x, s, move in zip(start, size, moves)))
+
+
+def _attention(target: Target, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of the queries to the prefix keys, times the share of the prefix: [n, P]."""
+    return (scale * (target.q @ k.T) - target.lse[:, None]).exp_() * target.share[:, None]

@@ -53,9 +53,9 @@ def centroid_entries(centroid: torch.Tensor, state: State, metric: Metric) -> He
     """Entries of centroids [n, d_k] with the states (o [n, d_v], lse [n])."""
     if metric == "cosine":
         key = round_to_half(torch.nn.functional.normalize(centroid, dim=-1))
-        return HeadEntries(key, key.new_zeros(len(key)), *state)
+        return HeadEntries(key, key.new_zeros(len(key)), *state, place=key)
     key = round_to_half(centroid)
-    return HeadEntries(key, -key.square().sum(-1) / 2, *state)
+    return HeadEntries(key, -key.square().sum(-1) / 2, *state, place=key)
 
 
 def _assign(points: torch.Tensor, centers: torch.Tensor, block: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:

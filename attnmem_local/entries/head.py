@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..memory import Entries
+from ..memory import Entries, quantize_rows
 
 
 @dataclass
@@ -16,6 +16,13 @@ class HeadEntries:
     bias: torch.Tensor  # [n] float32
     value: torch.Tensor  # [n, d_v] float32
     lse: torch.Tensor | None = None  # [n] float32
+    place: torch.Tensor | None = None  # [n, d_k] float32, what the graph over entries that are looked up links
+
+
+def no_entries(spec) -> HeadEntries:
+    """Of a head that has none of a kind."""
+    key, number = torch.zeros(0, spec.key_length), torch.zeros(0)
+    return HeadEntries(key, number, torch.zeros(0, spec.value_length), number, key)
 
 
 def round_to_half(x: torch.Tensor) -> torch.Tensor:
@@ -26,16 +33,21 @@ def round_to_half(x: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def join_heads(heads: list[HeadEntries], to_gguf_order) -> Entries:
-    """The heads of a layer as the arrays of the file: float16 keys and values, float32 bias and log-sum-exp."""
+def join_heads(heads: list[HeadEntries], to_gguf_order, eight_bit: bool = False) -> Entries:
+    """The heads of a layer as the arrays of the file: float16 or Q8_0 keys and values, float32 bias and log-sum-exp."""
 
     def numpy(tensors, dtype):
-        return torch.cat(tensors).cpu().numpy().astype(dtype)
+        return torch.cat([t.cpu() for t in tensors]).numpy().astype(dtype)
+
+    def table(tensors):
+        if eight_bit:
+            return quantize_rows(numpy(tensors, np.float32))
+        return numpy([round_to_half(x) for x in tensors], np.float16)
 
     return Entries(
-        key=numpy([to_gguf_order(h.key) for h in heads], np.float16),
+        key=table([to_gguf_order(h.key) for h in heads]),
         bias=numpy([h.bias for h in heads], np.float32),
-        value=numpy([round_to_half(h.value) for h in heads], np.float16),
-        lse=None if heads[0].lse is None else numpy([h.lse for h in heads], np.float32),
+        value=table([h.value for h in heads]),
+        lse=None if any(h.lse is None for h in heads) else numpy([h.lse for h in heads], np.float32),
         offset=np.cumsum([0, *(len(h.key) for h in heads)], dtype=np.int32),
     )
