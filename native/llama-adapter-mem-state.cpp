@@ -15,7 +15,7 @@
 namespace {
 
 // number of candidates that the HNSW search keeps on level 0; recall@1 is measured in tests/test_lookup.py
-constexpr size_t MEM_HNSW_EF = 12;
+constexpr size_t MEM_HNSW_EF = 16;
 
 // for tokens: keys are harder to find than centroids, because queries are not distributed like them
 constexpr size_t MEM_HNSW_EF_TOKEN = 64;
