@@ -1,6 +1,7 @@
 """Which KV head gets how many anchors: bytes go where they lower the KL of the output most."""
 
 import heapq
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Callable, Literal
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 
 from .capture import PrefixKV, capture
-from .entries.centroid import EntryState, Metric
+from .entries import token
 from .entries.anchor import CHOICE_QUERIES, anchor_state, fit_anchors, matching_pursuit, rms_attention
-from .entries.target import Target
+from .entries.centroid import EntryState, Metric
+from .entries.target import Target, segment_targets
+from .hnsw import LINK_BYTES
 from .memory import ModelSpec
 from .progress import Progress
 from .sensitivity import sensitivity
@@ -28,10 +31,10 @@ WINDOWS = 5  # of live text that the curves are measured on
 
 @dataclass
 class Plan:
-    """What every KV head gets. A head with as many anchors as the prefix has tokens keeps them as they are."""
+    """What every KV head of every segment gets."""
 
-    anchors: np.ndarray  # int64 [n_layer, n_head_kv]
-    entries: np.ndarray  # int64 [n_layer, n_head_kv], looked up: residuals for heads with anchors, else `table`
+    anchors: np.ndarray  # int64 [n_segment, n_layer, n_head_kv]; with as many as the segment has tokens they stay exact
+    entries: np.ndarray  # int64 [n_segment, n_layer, n_head_kv], looked up: residuals for heads with anchors, else `table`
     name: str  # how it came about
     table: Literal["centroid", "tangent"] = "centroid"
     metric: Metric = "l2"
@@ -40,41 +43,56 @@ class Plan:
     tune_steps: int = 150
 
 
-def uniform_plan(spec: ModelSpec, anchors: int = 0, entries: int = 0, **options) -> Plan:
+def uniform_plan(spec: ModelSpec, anchors: int = 0, entries: int = 0, n_segment: int = 1, **options) -> Plan:
     """The same for every head."""
-    shape = spec.block_count, spec.head_count_kv
+    shape = n_segment, spec.block_count, spec.head_count_kv
     return Plan(np.full(shape, anchors), np.full(shape, entries), f"{anchors} anchors and {entries} entries per KV head", **options)
 
 
-def plan_for_bytes(model, kv: PrefixKV, windows: list[list[int]], nbytes: int, seed: int, progress: Progress) -> Plan:
-    """The best split of a number of bytes over the heads, for live text like these windows."""
-    eight_bit = model.spec.key_length % 32 == 0 and model.spec.value_length % 32 == 0
+def plan_for_bytes(
+    model,
+    kv: PrefixKV,
+    windows: list[list[int]],
+    nbytes: int,
+    offset: list[int],
+    segments: list[int],
+    seed: int,
+    progress: Progress,
+) -> Plan:
+    """The best split of a number of bytes over the heads of some segments, for live text like these windows."""
+    spec = model.spec
+    eight_bit = spec.key_length % 32 == 0 and spec.value_length % 32 == 0
     with progress.stage("sensitivity") as step:
         felt = sensitivity(model, kv, windows, seed, step)
-    with progress.stage("budget", model.spec.block_count * model.spec.head_count_kv) as step:
+    with progress.stage("budget", len(segments) * spec.block_count * spec.head_count_kv) as step:
         targets = capture(model, kv, windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS])
-        found = curves(model, kv, targets, felt, step)
-    anchors = split(found, nbytes, bytes_per_anchor(model.spec, eight_bit))
+        found = curves(model, kv, targets, offset, segments, felt, step)
+    anchors = np.zeros((len(offset) - 1, spec.block_count, spec.head_count_kv), dtype=np.int64)
+    for head, n in split(found, nbytes, lambda n, n_tokens: head_bytes(spec, n, n_tokens, eight_bit)).items():
+        anchors[head] = n
     return Plan(anchors, np.zeros_like(anchors), f"{nbytes} bytes", eight_bit=eight_bit)
 
 
-def bytes_per_anchor(spec: ModelSpec, eight_bit: bool) -> int:
-    """Key, value and float32 bias."""
-    n = spec.key_length + spec.value_length
+def head_bytes(spec: ModelSpec, n: int, n_tokens: int, eight_bit: bool) -> int:
+    """Bytes of n anchors for a segment of n_tokens tokens: keys, values, float32 bias, and links where they are looked up."""
+    numbers = spec.key_length + spec.value_length
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
-    return (n // block * size if eight_bit else 2 * n) + 4
+    row = (numbers // block * size if eight_bit else 2 * numbers) + 4
+    if n < n_tokens or not token.looked_up(n_tokens):
+        return n * row
+    return (n + token.REST) * row + n * LINK_BYTES
 
 
 @dataclass
 class Curve:
-    """KL that a KV head adds with n anchors: measured points, joined in logarithms; none is left with all P keys."""
+    """KL that a KV head adds with n anchors: measured points, joined in logarithms; none is left with all tokens."""
 
     n: list[int]
     kl: list[float]
-    n_prefix: int
+    n_tokens: int
 
     def at(self, n: int) -> float:
-        if n >= self.n_prefix:
+        if n >= self.n_tokens:
             return 0.0
         x, y = np.log(self.n), np.log(np.maximum(self.kl, 1e-12))
         if len(x) == 1:
@@ -84,6 +102,9 @@ class Curve:
         return float(np.exp(y[i] + slope * (math.log(n) - x[i])))
 
 
+Head = tuple[int, int, int]  # segment, layer, KV head
+
+
 def head_kl(target: Target, state, sensitivity: torch.Tensor, n_group: int) -> float:
     """Mean KL per position that a state adds in one KV head; sensitivity [d_v, d_v]."""
     error = target.error(state)
@@ -91,69 +112,80 @@ def head_kl(target: Target, state, sensitivity: torch.Tensor, n_group: int) -> f
 
 
 def curves(
-    model, kv: PrefixKV, targets: list[Target], sensitivity: torch.Tensor, progress: Callable[[int], None] = lambda n: None
-) -> list[list[Curve]]:
-    """How the error of every layer and KV head falls with anchors, for the queries of this prefix.
+    model,
+    kv: PrefixKV,
+    targets: list[Target],
+    offset: list[int],
+    segments: list[int],
+    sensitivity: torch.Tensor,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[Head, Curve]:
+    """How the error of every head of some segments falls with anchors, for the queries of this prefix.
 
     Every head is fitted with a few anchors on half of the queries, and judged on the other half.
     """
     spec = model.spec
     n_group = spec.head_count // spec.head_count_kv
 
-    def kl(il: int, h: int, n: int, choice=None) -> float:
-        k, v = kv.k[il][h], kv.v[il][h]
-        target = targets[il].head(h)
-        fit, judge = target[0::2], target[1::2]
-        fit = fit[:: -(-len(fit) // CHOICE_QUERIES)]
-        chosen = rms_attention(fit, k, n, spec.scale) if choice is None else choice[:n]
-        return head_kl(judge, anchor_state(fit_anchors(fit, k[chosen], v[chosen], spec.scale), judge.q, spec.scale), sensitivity[il, h], n_group)
+    def kl(fit: Target, judge: Target, k, v, chosen, felt) -> float:
+        fitted = fit_anchors(fit, k[chosen], v[chosen], spec.scale)
+        return head_kl(judge, anchor_state(fitted, judge.q, spec.scale), felt, n_group)
 
-    n_prefix = kv.k[0].shape[1]
-    heads = [(il, h) for il in range(spec.block_count) for h in range(spec.head_count_kv)]
-    found = {}
-    for il, h in heads:
-        n = min(PROBE, n_prefix)
-        found[il, h] = Curve([n], [kl(il, h, n)], n_prefix)
+    def parts(head: Head):
+        s, il, h = head
+        target = segment_targets(targets[il], kv.k[il], kv.v[il], offset, spec.scale)[s].head(h)
+        fit = target[0::2]
+        own = slice(offset[s], offset[s + 1])
+        return fit[:: -(-len(fit) // CHOICE_QUERIES)], target[1::2], kv.k[il][h, own], kv.v[il][h, own]
+
+    found: dict[Head, Curve] = {}
+    for head in itertools.product(segments, range(spec.block_count), range(spec.head_count_kv)):
+        fit, judge, k, v = parts(head)
+        n = min(PROBE, len(k))
+        found[head] = Curve([n], [kl(fit, judge, k, v, rms_attention(fit, k, n, spec.scale), sensitivity[head[1:]])], len(k))
         progress(1)
     left = (1 - PROBED_SHARE) * sum(c.kl[0] for c in found.values())
-    for (il, h), curve in sorted(found.items(), key=lambda item: item[1].kl[0]):
+    for head, curve in sorted(found.items(), key=lambda item: item[1].kl[0]):
         left -= curve.kl[0]
-        if left > 0 or n_prefix <= max(PROBES):
+        if left > 0 or curve.n_tokens <= max(PROBES):
             continue
-        target = targets[il].head(h)[0::2]
-        target = target[:: -(-len(target) // CHOICE_QUERIES)]
-        choice = matching_pursuit(target, kv.k[il][h], kv.v[il][h], max(PROBES), spec.scale)
+        fit, judge, k, v = parts(head)
+        choice = matching_pursuit(fit, k, v, max(PROBES), spec.scale)
         sizes = sorted({*PROBES, PROBE})
-        found[il, h] = Curve(sizes, [kl(il, h, n, choice) for n in sizes], n_prefix)
-    return [[found[il, h] for h in range(spec.head_count_kv)] for il in range(spec.block_count)]
+        found[head] = Curve(sizes, [kl(fit, judge, k, v, choice[:n], sensitivity[head[1:]]) for n in sizes], len(k))
+    return found
 
 
-def split(curves: list[list[Curve]], nbytes: int, bytes_per_anchor: int) -> np.ndarray:
-    """Anchors per layer and KV head within a number of bytes: int64 [n_layer, n_head_kv].
+def split(curves: dict[Head, Curve], nbytes: int, cost: Callable[[int, int], int]) -> dict[Head, int]:
+    """Anchors of each head within a number of bytes; cost(n, n_tokens) is what n anchors of a segment take.
 
     Greedy over sizes: the step that lowers the KL most for its bytes comes first. A step may be several sizes wide, so
-    that a head can go straight to all of its keys.
+    that a head can go straight to all of its tokens.
     """
-    n_prefix = curves[0][0].n_prefix
-    sizes = sorted({min(n, n_prefix) for n in (*SIZES, n_prefix)})
-    n = np.full((len(curves), len(curves[0])), sizes[0], dtype=np.int64)
-    left = nbytes // bytes_per_anchor - n.sum()
+    sizes = {head: sorted({min(n, c.n_tokens) for n in (*SIZES, c.n_tokens)}) for head, c in curves.items()}
+    found = {head: s[0] for head, s in sizes.items()}
+    need = sum(cost(n, curves[head].n_tokens) for head, n in found.items())
+    left = nbytes - need
     if left < 0:
-        need = n.sum() * bytes_per_anchor
-        raise ValueError(f"{nbytes} bytes are too few for this model: it needs at least {need}, {sizes[0]} anchors for each KV head")
+        raise ValueError(f"{nbytes} bytes are too few for this model and prefix: the least is {need}")
 
-    def best(il: int, h: int, room: int):
-        now = curves[il][h].at(n[il, h])
-        steps = [(-(now - curves[il][h].at(m)) / (m - n[il, h]), m) for m in sizes if n[il, h] < m <= n[il, h] + room]
+    def best(head: Head):
+        curve, now = curves[head], found[head]
+        steps = []
+        for n in sizes[head]:
+            price = cost(n, curve.n_tokens) - cost(now, curve.n_tokens)
+            if n > now and price <= left:
+                steps.append(((curve.at(n) - curve.at(now)) / price, n))
         return min(steps, default=None)
 
-    queue = [(*step, il, h) for il in range(len(n)) for h in range(n.shape[1]) if (step := best(il, h, left))]
+    queue = [(*step, head) for head in found if (step := best(head))]
     heapq.heapify(queue)
     while queue:
-        _, m, il, h = heapq.heappop(queue)
-        if m - n[il, h] <= left:
-            left -= m - n[il, h]
-            n[il, h] = m
-        if step := best(il, h, left):
-            heapq.heappush(queue, (*step, il, h))
-    return n
+        _, n, head = heapq.heappop(queue)
+        price = cost(n, curves[head].n_tokens) - cost(found[head], curves[head].n_tokens)
+        if price <= left:
+            left -= price
+            found[head] = n
+        if step := best(head):
+            heapq.heappush(queue, (*step, head))
+    return found

@@ -15,7 +15,8 @@ from .entries.centroid import centroid_entries, cluster, mean_state
 from .entries.head import HeadEntries, join_heads, no_entries
 from .entries.residual import residual_entries
 from .entries.tangent import tangent_entries
-from .entries.target import Target
+from .entries.target import Target, segment_targets
+from .entries.token import REST, TOP_K, looked_up, rest_target, token_entries
 from .hnsw import build_graph
 from .memory import KINDS, LayerMemory, Memory, check_space
 from .model import BuildModel, load_model
@@ -35,7 +36,7 @@ SHARE = 1 / 8  # of the prefix's KV bytes, if nothing else is asked for
 
 def build_memory(
     model: str | os.PathLike | BuildModel,
-    prefix: str | os.PathLike | list[dict] | Prefix,
+    prefix: str | os.PathLike | Sequence[str | os.PathLike] | list[dict] | Prefix,
     out: str | os.PathLike | None = None,
     *,
     share: float | None = None,
@@ -50,7 +51,8 @@ def build_memory(
     """Build the memory of a prefix, and write it to `out` if given.
 
     model: a GGUF file or a transformers directory, or a model that is already loaded.
-    prefix: a file (text, or `.json` with chat messages), chat messages, or a Prefix.
+    prefix: a file (text, or `.json` with chat messages), several files that together are the text, chat messages, or a
+        Prefix. Each of several files is a segment of the memory, which update_memory can rebuild alone.
     share, nbytes: the size of the memory, as a share of the prefix's F16 KV cache or in bytes.  [default: share 1/8]
     queries: where queries come from: "repeat", "self-study", the path of a file of traces, or a list of traces.
     system: the text of the file is the system message of a chat.
@@ -91,7 +93,8 @@ def build_memory(
     if not build_text:
         raise ValueError("there are no queries to build from; give traces, 'repeat' or 'self-study'")
 
-    plan = plan_for_bytes(model, kv, build_text, nbytes, seed, progress)
+    segments = list(range(len(prefix.offset) - 1))
+    plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, segments, seed, progress)
     memory = fit_memory(model, prefix, kv, build_text, plan, seed=seed, progress=progress)
     memory.build["queries"] = ", ".join(s if isinstance(s, str) else f"{len(s)} traces" for s in queries)
     if held_out:
@@ -110,6 +113,7 @@ def fit_memory(
     windows: list[list[int]],
     plan: Plan,
     *,
+    keep: dict[int, dict[int, LayerMemory]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Memory:
@@ -117,6 +121,7 @@ def fit_memory(
 
     One pass over the text, layer by layer: each layer is fitted to the queries that it sees when the layers below have
     their memory already, and to the exact states of the prefix for them.
+    keep: segments, by number, whose layers are there already.
     """
     progress = progress or Progress(quiet=True)
     memory = Memory(
@@ -124,8 +129,9 @@ def fit_memory(
         prefix_tokens=prefix.tokens,
         prefix_text=prefix.text,
         prefix_messages=prefix.messages,
-        segment_offset=[0, len(prefix.tokens)],
-        layers=[{}],
+        segment_offset=prefix.offset,
+        layers=[(keep or {}).get(s, {}) for s in range(len(prefix.offset) - 1)],
+        token_top_k=TOP_K,
         build={
             "query_tokens": sum(map(len, windows)),
             "plan": plan.name,
@@ -138,7 +144,11 @@ def fit_memory(
     with progress.stage("fit", model.spec.block_count) as step, torch.no_grad():
 
         def visit(il: int, target: Target):
-            memory.layers[0][il] = fit_layer(model, kv, il, target, plan, seed)
+            targets = segment_targets(target, kv.k[il], kv.v[il], prefix.offset, model.spec.scale)
+            for s, own in enumerate(zip(prefix.offset, prefix.offset[1:])):
+                if s not in (keep or {}):
+                    k, v = (x[il][:, slice(*own)] for x in (kv.k, kv.v))
+                    memory.layers[s][il] = fit_layer(model, k, v, targets[s], plan, (s, il), seed)
             step(1)
             return memory_state(memory, il, model.to_gguf_order(target.q))
 
@@ -146,31 +156,43 @@ def fit_memory(
     return memory
 
 
-def fit_layer(model: BuildModel, kv: PrefixKV, il: int, target: Target, plan: Plan, seed: int) -> LayerMemory:
-    """The entries of one layer, and the graphs over those that are looked up."""
-    heads = []
-    for h in range(model.spec.head_count_kv):
-        generator = torch.Generator().manual_seed(seed)
-        heads.append(fit_head(kv.k[il][h], kv.v[il][h], target.head(h), plan, il, h, model.spec.scale, generator))
+def fit_layer(
+    model: BuildModel, k: torch.Tensor, v: torch.Tensor, target: Target, plan: Plan, at: tuple[int, int], seed: int
+) -> LayerMemory:
+    """The entries of one layer of a segment with keys and values [n_head_kv, n_tokens, d], and their graphs.
+
+    at: segment and layer.
+    """
+    scale = model.spec.scale
+    heads = [
+        fit_head(k[h], v[h], target.head(h), plan, (*at, h), scale, torch.Generator().manual_seed(seed))
+        for h in range(model.spec.head_count_kv)
+    ]
     layer = LayerMemory()
     for kind in KINDS:
         if any(kind.name in head for head in heads):
             parts = [head.get(kind.name) or no_entries(model.spec) for head in heads]
             entries = join_heads(parts, model.to_gguf_order, plan.eight_bit)
             if kind.has_graph:
-                entries.graph = build_graph([p.place.cpu().numpy() for p in parts], seed, threads=os.cpu_count() or 1)
+                space = "ip" if kind.name == "token" else "l2"
+                entries.graph = build_graph([p.place.cpu().numpy() for p in parts], seed, space, threads=os.cpu_count() or 1)
             setattr(layer, kind.name, entries)
     return layer
 
 
 def fit_head(
-    k: torch.Tensor, v: torch.Tensor, target: Target, plan: Plan, il: int, h: int, scale: float, generator: torch.Generator
+    k: torch.Tensor, v: torch.Tensor, target: Target, plan: Plan, at: tuple[int, int, int], scale: float, generator: torch.Generator
 ) -> dict[str, HeadEntries]:
-    """The entries of one KV head with prefix keys k [P, d_k] and values v [P, d_v], by kind."""
-    n_anchors, n_entries = int(plan.anchors[il, h]), int(plan.entries[il, h])
+    """The entries of one KV head of a segment with keys k [n_tokens, d_k] and values v [n_tokens, d_v], by kind.
+
+    at: segment, layer and head.
+    """
+    n_anchors, n_entries = int(plan.anchors[at]), int(plan.entries[at])
     found = {}
-    if n_anchors >= len(k):
+    if n_anchors >= len(k) and not looked_up(len(k)):
         return {"anchor": exact_anchors(k, v)}
+    if n_anchors >= len(k):
+        found["token"], target, n_anchors = token_entries(k, v), rest_target(target, k, v, scale), REST
     if n_anchors:
         found["anchor"] = fit_best_anchors(target, k, v, n_anchors, scale, plan.tune_steps, generator)
     if n_entries:
@@ -197,6 +219,8 @@ def exact_memory(model: BuildModel, prefix: Prefix, kv: PrefixKV) -> Memory:
 def _prefix(model: BuildModel, prefix, system: bool) -> Prefix:
     if isinstance(prefix, Prefix):
         return prefix
-    if isinstance(prefix, list):
+    if isinstance(prefix, (str, os.PathLike)):
+        prefix = [prefix]
+    if isinstance(prefix[0], dict):
         return chat_prefix(model.tokenizer, prefix)
     return read_prefix(model.tokenizer, prefix, system)

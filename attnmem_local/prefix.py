@@ -1,11 +1,13 @@
 """A prefix from text or chat messages, and recognising it again in a live prompt.
 
-The prefix owns BOS and the system turn. A chat prefix ends where the renderings of two chats with different next
+A prefix may be made of several parts, files say; each is a segment of its memory, which can be rebuilt alone. The
+prefix owns BOS and the system turn. A chat prefix ends where the renderings of two chats with different next
 user turns part, so it takes in the opening of that turn too.
 """
 
+import bisect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import PrefixMismatch
@@ -16,27 +18,43 @@ class Prefix:
     tokens: list[int]
     text: str
     messages: list[dict] | None = None
+    offset: list[int] = field(default_factory=list)  # segment s holds tokens[offset[s]:offset[s + 1]]
+
+    def __post_init__(self):
+        self.offset = self.offset or [0, len(self.tokens)]
 
 
-def text_prefix(tokenizer, text: str) -> Prefix:
-    return Prefix(tokenizer.encode(text, add_bos=True), text)
-
-
-def chat_prefix(tokenizer, messages: list[dict]) -> Prefix:
-    """Render messages with the model's own template."""
+def chat_prefix(tokenizer, messages: list[dict], parts: list[str] = ()) -> Prefix:
+    """Render messages with the model's own template. parts: texts that together are the first message."""
     a, b = (tokenizer.render([*messages, {"role": "user", "content": text}], True) for text in ("A", "9"))
     n = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-    return Prefix(a[:n], tokenizer.decode(a[:n]), messages)
+    tokens, text = a[:n], tokenizer.decode(a[:n])
+    return Prefix(tokens, text, messages, _offset(tokenizer, tokens, text, parts))
 
 
-def read_prefix(tokenizer, path: str | Path, system: bool = False) -> Prefix:
-    """A prefix from a file: `.json` holds chat messages, anything else is text (with `system`, of the system turn)."""
-    text = Path(path).read_text(encoding="utf-8")
-    if Path(path).suffix == ".json":
-        return chat_prefix(tokenizer, parse_messages(text))
+def read_prefix(tokenizer, paths: list[str | Path], system: bool = False) -> Prefix:
+    """A prefix from files: one `.json` with chat messages, or parts of a text (with `system`, of the system message)."""
+    parts = [Path(path).read_text(encoding="utf-8") for path in paths]
+    if Path(paths[0]).suffix == ".json":
+        if len(paths) > 1:
+            raise ValueError("chat messages cannot be one of several parts; give one .json, or text files")
+        return chat_prefix(tokenizer, parse_messages(parts[0]))
     if system:
-        return chat_prefix(tokenizer, [{"role": "system", "content": text}])
-    return text_prefix(tokenizer, text)
+        return chat_prefix(tokenizer, [{"role": "system", "content": "".join(parts)}], parts)
+    tokens, text = tokenizer.encode("".join(parts), add_bos=True), "".join(parts)
+    return Prefix(tokens, text, offset=_offset(tokenizer, tokens, text, parts))
+
+
+def _offset(tokenizer, tokens: list[int], text: str, parts: list[str]) -> list[int]:
+    """Where the parts of a text begin and end in its tokens; a token across a border belongs to the part before."""
+    offset = [0]
+    at = max(text.find(parts[0]), 0) if parts else 0
+    for part in parts[:-1]:
+        at += len(part)
+        offset.append(bisect.bisect_left(range(len(tokens)), at, lo=offset[-1], key=lambda n: len(tokenizer.decode(tokens[:n]))))
+    if len({*offset, len(tokens)}) != len(offset) + 1:
+        raise ValueError("a part of the prefix is empty")
+    return [*offset, len(tokens)]
 
 
 def parse_messages(text: str) -> list[dict]:

@@ -148,17 +148,21 @@ def test_sensitivity_is_measured_once_per_model(tiny):
 
 def test_bytes_go_where_they_help():
     steep, flat = (Curve([16, 64, 256], [c, c / 4, c / 16], 1000) for c in (1e-2, 1e-6))
-    n = split([[steep, flat], [flat, flat]], nbytes=400 * 10, bytes_per_anchor=10)
-    assert n.sum() <= 400 and n[0, 0] > 300
-    n = split([[steep, flat], [flat, flat]], nbytes=4000 * 10, bytes_per_anchor=10)
-    assert (n == 1000).all()  # enough for all
-    with pytest.raises(ValueError, match="at least 80"):
-        split([[steep, flat], [flat, flat]], nbytes=79, bytes_per_anchor=10)
+    curves = {(0, 0, 0): steep, (0, 0, 1): flat, (0, 1, 0): flat, (0, 1, 1): flat}
+
+    def cost(n, n_tokens):
+        return 10 * n
+
+    n = split(curves, 400 * 10, cost)
+    assert sum(n.values()) <= 400 and n[0, 0, 0] > 300
+    assert set(split(curves, 4000 * 10, cost).values()) == {1000}  # enough for all
+    with pytest.raises(ValueError, match="the least is 80"):
+        split(curves, 79, cost)
 
 
 def test_a_budget_is_kept_and_beats_a_uniform_one(short):
     nbytes = short.model.spec.kv_bytes_per_token() * 384 // 16
-    plan = plan_for_bytes(short.model, short.kv, short.windows[:3], nbytes, 0, Progress(quiet=True))
+    plan = plan_for_bytes(short.model, short.kv, short.windows[:3], nbytes, short.prefix.offset, [0], 0, Progress(quiet=True))
     assert plan.eight_bit and plan.anchors.max() > 4 * plan.anchors.min()
     plan.tune_steps = 0  # without tuning, which takes most of the time
     uniform = uniform_plan(short.model.spec, anchors=int(plan.anchors.mean()), tune_steps=0, eight_bit=True)

@@ -15,6 +15,7 @@ from .head import HeadEntries, round_to_half
 from .target import Target
 
 CHOICE_QUERIES = 4096  # queries that keys are chosen and closed forms are fitted by
+CANDIDATES = 2048  # keys that matching pursuit chooses from, those with most attention
 BATCH = 768  # queries of one step of tune()
 LEARNING_RATE = 0.5  # over the root of the number of anchors, in standard deviations of the keys and of the values
 
@@ -55,6 +56,9 @@ def matching_pursuit(target: Target, k: torch.Tensor, v: torch.Tensor, n: int, s
     Orthogonal matching pursuit with weights w ≥ 0 on Σ_j w_j·A_j·[1, v_j/σ] ≈ share·[1, o/σ]; its Gram matrix is that of
     attention times 1 + v_i·v_j/σ². About 64 rounds, the weights are refitted after each by multiplicative updates.
     """
+    if len(k) > CANDIDATES:
+        candidates = rms_attention(target, k, max(n, CANDIDATES), scale)
+        return candidates[matching_pursuit(target, k[candidates], v[candidates], n, scale)] if n < CANDIDATES else candidates[:n]
     a, share = _attention(target, k, scale), target.share
     sigma2 = v.square().sum(-1).mean()
     gram = (a.T @ a).mul_(1 + v @ v.T / sigma2)

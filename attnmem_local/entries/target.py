@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..state import State, merge
+from ..state import State, exact_state, merge
 
 
 @dataclass
@@ -43,3 +43,21 @@ class Target:
     def error(self, state: State) -> torch.Tensor:
         """What the output is off by with another state (o [n, d_v], lse [n]) for the prefix: [n, d_v]."""
         return merge(state, (self.live_o, self.live_lse))[0] - self.output()
+
+
+def segment_targets(target: Target, k: torch.Tensor, v: torch.Tensor, offset: list[int], scale: float) -> list[Target]:
+    """The target of each segment of a prefix with keys k [n_head_kv, P, d_k] and values v: the other segments count as live.
+
+    offset: segment s holds the tokens offset[s]:offset[s + 1]. Each segment is then fitted as if it were the prefix, and
+    none depends on how the others are.
+    """
+    if len(offset) == 2:
+        return [target]
+    states = [exact_state(target.q, k[:, a:b], v[:, a:b], scale) for a, b in zip(offset, offset[1:])]
+    found = []
+    for s, state in enumerate(states):
+        others = (target.live_o, target.live_lse)
+        for other in states[:s] + states[s + 1 :]:
+            others = merge(others, other)
+        found.append(Target(target.q, *state, *others))
+    return found
