@@ -78,6 +78,24 @@ def build_memory(
     with progress.stage("prefill", len(prefix.tokens)) as step:
         kv = prefill(model, prefix.tokens, progress=step)
 
+    build_text, held_out = collect_queries(model, prefix, kv, queries, windows, seed, progress)
+    segments = list(range(len(prefix.offset) - 1))
+    plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, segments, seed, progress)
+    memory = fit_memory(model, prefix, kv, build_text, plan, seed=seed, progress=progress)
+    memory.build["queries"] = ", ".join(s if isinstance(s, str) else f"{len(s)} traces" for s in queries)
+    if held_out:
+        with progress.stage("check"):
+            memory.fidelity = held_out_fidelity(model, kv, memory, held_out)
+    if out is not None:
+        with progress.stage("write"):
+            memory.save(out)
+    return memory
+
+
+def collect_queries(
+    model: BuildModel, prefix: Prefix, kv: PrefixKV, queries: Sequence[str | list], windows: int, seed: int, progress: Progress
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows of live text from all sources: those to build from, and those to measure on."""
     build_text, held_out = [], []
     for source in queries:
         if source == "repeat":
@@ -92,18 +110,7 @@ def build_memory(
         held_out += found[HELD_OUT // 2 :: HELD_OUT]
     if not build_text:
         raise ValueError("there are no queries to build from; give traces, 'repeat' or 'self-study'")
-
-    segments = list(range(len(prefix.offset) - 1))
-    plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, segments, seed, progress)
-    memory = fit_memory(model, prefix, kv, build_text, plan, seed=seed, progress=progress)
-    memory.build["queries"] = ", ".join(s if isinstance(s, str) else f"{len(s)} traces" for s in queries)
-    if held_out:
-        with progress.stage("check"):
-            memory.fidelity = held_out_fidelity(model, kv, memory, held_out)
-    if out is not None:
-        with progress.stage("write"):
-            memory.save(out)
-    return memory
+    return build_text, held_out
 
 
 def fit_memory(

@@ -6,13 +6,11 @@ from .capture import Packed, PrefixKV
 from .memory import Memory
 from .reference import memory_state
 
-POOR_SHARE = 1 / 3  # of the KL without the prefix: a memory that leaves more of it is worth a warning
-
 
 @torch.no_grad()
 def held_out_fidelity(model, kv: PrefixKV, memory: Memory, windows: list[list[int]]) -> dict[str, float]:
-    """kl_mean and kl_none: KL to the full-prefix run with the memory and with neither, in nats per position; top1:
-    share of positions with the same most likely token; nll_full, nll_memory, nll_none: of the text, in nats per token.
+    """kl_mean and kl_none: KL to the full-prefix run with the memory and without the prefix, in nats per position; top1: share
+    of positions with the same most likely token; nll_full, nll_memory, nll_none: of the text, in nats per token; tokens.
     """
 
     def none(layer, target):

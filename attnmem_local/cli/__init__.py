@@ -9,6 +9,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .run import run
 from .show import show
+from .update import update
 
 
 @click.group(cls=Group)
@@ -20,5 +21,5 @@ def main() -> None:
     """
 
 
-for command in (build, show, run, chat, evaluate, demo):
+for command in (build, update, show, run, chat, evaluate, demo):
     main.add_command(command)

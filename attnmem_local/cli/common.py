@@ -36,3 +36,15 @@ memory_option = click.option(
 threads_option = click.option("-t", "--threads", type=int, help="CPU threads.")
 ctx_option = click.option("-c", "--ctx", default=4096, show_default=True, help="Live tokens that fit into the context.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+queries_option = click.option(
+    "-q",
+    "--queries",
+    multiple=True,
+    default=("repeat", "self-study"),
+    show_default=True,
+    help="Where queries come from: repeat, self-study, or a file of traces (text, or .jsonl with text or messages). May be given several times.",
+)
+
+
+def print_seconds(progress) -> None:
+    click.echo(", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.seconds.items()) + f": {sum(progress.seconds.values()):.0f} s")

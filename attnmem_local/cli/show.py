@@ -11,6 +11,8 @@ from rich.table import Table
 from ..memory import KINDS, Memory
 from .common import file_type, json_option
 
+POOR_SHARE = 1 / 4  # of the KL without the prefix: what leaves more is worth a warning
+
 
 @click.command()
 @click.argument("memory", type=file_type)
@@ -50,8 +52,27 @@ def print_memory(memory: Memory, path: Path) -> None:
     for kind in KINDS:
         if (n := memory.n_entries(kind.name)).any():
             rows[f"{kind.name}s"] = f"{n.min()} to {n.max()} per KV head, {n.sum()} in all"
-    for name, value in (memory.build | memory.fidelity).items():
-        rows[name] = f"{value:.4g}" if isinstance(value, float) else str(value)
+    rows |= {name: str(value) for name, value in memory.build.items()}
+    if f := memory.fidelity:
+        rows["fidelity"] = (
+            f"KL to the full prefix {f['kl_mean']:.4f} (without the prefix {f['kl_none']:.3f}), same most likely token {f['top1']:.1%}; "
+            f"nats per token {f['nll_memory']:.3f}, full prefix {f['nll_full']:.3f}, without {f['nll_none']:.3f}; "
+            f"on {f['tokens']:.0f} tokens of live text that it was not built from"
+        )
     for row in rows.items():
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if warning := _warning(memory.fidelity):
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+
+
+def _warning(fidelity: dict[str, float]) -> str | None:
+    if not fidelity:
+        return "the memory was not measured when it was built: there was too little live text to hold some out"
+    if fidelity["kl_mean"] > POOR_SHARE * fidelity["kl_none"]:
+        return (
+            f"the memory stands for its prefix poorly: {fidelity['kl_mean'] / fidelity['kl_none']:.0%} of what leaving out the prefix "
+            "does to the answers is left. Give it more bytes (--share), or traces of what you will ask (--queries)"
+        )
+    return None

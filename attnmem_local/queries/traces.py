@@ -24,12 +24,14 @@ def read_traces(path: str | Path) -> list[str | list[dict]]:
     return found
 
 
-def traces(tokenizer, prefix: Prefix, found: list[str | list[dict]], window: int) -> list[list[int]]:
-    """Windows of at most `window` tokens; chats are rendered and lose the prefix they begin with."""
+def traces(tokenizer, prefix: Prefix, found: list[str | list[dict] | list[int]], window: int) -> list[list[int]]:
+    """Windows of at most `window` tokens from texts, tokens, or chats, which are rendered and lose the prefix they begin with."""
     windows = []
     for trace in found:
         if isinstance(trace, str):
             tokens = tokenizer.encode(trace, add_bos=False)
+        elif trace and isinstance(trace[0], int):
+            tokens = trace
         else:
             chat = with_prefix_messages(trace, prefix.messages or [])
             tokens = drop_prefix(tokenizer.render(chat, False), prefix.tokens)

@@ -1,0 +1,108 @@
+"""Change parts of a prefix: only their segments of the memory are built again."""
+
+import difflib
+import os
+from dataclasses import replace
+from typing import Sequence
+
+import numpy as np
+import torch
+
+from .budget import plan_for_bytes
+from .build import collect_queries, fit_memory
+from .capture import prefill
+from .check import held_out_fidelity
+from .errors import WrongModel
+from .memory import KINDS, Entries, LayerMemory, Memory, quantize_rows, rows
+from .model import BuildModel, load_model
+from .prefix import Prefix, read_prefix
+from .progress import Progress
+
+
+def update_memory(
+    memory: str | os.PathLike | Memory,
+    model: str | os.PathLike | BuildModel,
+    prefix: Sequence[str | os.PathLike] | Prefix,
+    out: str | os.PathLike | None = None,
+    *,
+    queries: Sequence[str | list] = ("repeat", "self-study"),
+    windows: int = 8,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Memory:
+    """The memory of a changed prefix, made from that of the old one.
+
+    prefix: all parts, changed or not. Segments whose tokens are as they were keep their entries; if they stand at another
+    distance from the live text now, the keys are rotated by the difference, which is exact. What they say about words of
+    theirs that a changed part before them would explain otherwise stays as it was: that is the loss against a full build.
+    windows: of self-study; fewer than for a whole memory.
+    Raises WrongModel if the memory is of another model, ValueError if nothing changed.
+    """
+    progress = progress or Progress(quiet=True)
+    with progress.stage("load model"):
+        old = memory if isinstance(memory, Memory) else Memory.load(memory)
+        model = model if isinstance(model, BuildModel) else load_model(model, device)
+        if old.model != model.spec:
+            raise WrongModel("the memory was built for another model; give that model, or build a new memory")
+        if not isinstance(prefix, Prefix):
+            prefix = read_prefix(model.tokenizer, prefix, system=old.prefix_messages is not None)
+        same = unchanged(old, prefix)
+        changed = [s for s in range(len(prefix.offset) - 1) if s not in same]
+        if not changed and len(same) == len(old.layers):
+            raise ValueError("no part of the prefix has changed")
+
+    with progress.stage("prefill", len(prefix.tokens)) as step:
+        kv = prefill(model, prefix.tokens, progress=step)
+    keep = {}
+    for s, before in same.items():
+        moved = (prefix.offset[s] - len(prefix.tokens)) - (old.segment_offset[before] - len(old.prefix_tokens))
+        keep[s] = {il: _moved(model, layer, moved) for il, layer in old.layers[before].items()}
+
+    build_text, held_out = collect_queries(model, prefix, kv, queries, windows, seed, progress)
+    tokens = [prefix.tokens[prefix.offset[s] : prefix.offset[s + 1]] for s in changed]
+    if not changed:
+        result = replace(old, layers=[keep[s] for s in range(len(keep))], segment_offset=prefix.offset, fidelity={})
+        result.prefix_tokens, result.prefix_text, result.prefix_messages = prefix.tokens, prefix.text, prefix.messages
+    else:
+        nbytes = int(old.nbytes() / old.kv_bytes() * sum(map(len, tokens)) * model.spec.kv_bytes_per_token())
+        plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, changed, seed, progress)
+        result = fit_memory(model, prefix, kv, build_text, plan, keep=keep, seed=seed, progress=progress)
+    if held_out:
+        with progress.stage("check"):
+            result.fidelity = held_out_fidelity(model, kv, result, held_out)
+    if out is not None:
+        with progress.stage("write"):
+            result.save(out)
+    return result
+
+
+def unchanged(old: Memory, prefix: Prefix) -> dict[int, int]:
+    """Segments of a prefix that an old memory has, by their numbers there; both in the same order."""
+
+    def parts(tokens, offset):
+        return [tuple(tokens[a:b]) for a, b in zip(offset, offset[1:])]
+
+    matcher = difflib.SequenceMatcher(None, parts(old.prefix_tokens, old.segment_offset), parts(prefix.tokens, prefix.offset), autojunk=False)
+    return {block.b + i: block.a + i for block in matcher.get_matching_blocks() for i in range(block.size)}
+
+
+def _moved(model: BuildModel, layer: LayerMemory, delta: int) -> LayerMemory:
+    """The entries of tokens that stand `delta` positions further on.
+
+    An entry serves a query at the same distance from its tokens as before, so all keys turn as the tokens' own: those of
+    centroids, which are queries, too. Distances between keys, and so the graphs, stay.
+    """
+    if delta == 0:
+        return layer
+    found = LayerMemory()
+    for kind in KINDS:
+        if (entries := getattr(layer, kind.name)) is not None:
+            setattr(found, kind.name, replace(entries, key=_rotated(model, entries, delta)))
+    return found
+
+
+def _rotated(model: BuildModel, entries: Entries, delta: int) -> np.ndarray:
+    key = model.from_gguf_order(torch.from_numpy(rows(entries.key)))
+    key = model.to_gguf_order(model.rotate(key, delta)).numpy()
+    return quantize_rows(key) if entries.key.dtype == np.uint8 else key.astype(entries.key.dtype)

@@ -1,0 +1,68 @@
+"""Memories of several parts, and changing one of them."""
+
+from dataclasses import replace
+
+import pytest
+
+from attnmem_local.build import build_memory
+from attnmem_local.capture import prefill
+from attnmem_local.check import held_out_fidelity
+from attnmem_local.errors import WrongModel
+from attnmem_local.prefix import Prefix, read_prefix
+from attnmem_local.update import unchanged, update_memory
+
+PARTS = ("Our shop sells tea. Green tea costs 4 euros.\n", "We open at nine.\n", "Black tea costs 3 euros, and milk is free.\n")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write(folder, *parts):
+    paths = [folder / f"{i}.md" for i in range(len(parts))]
+    for path, part in zip(paths, parts):
+        path.write_text(part)
+    return paths
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_parts_are_segments(tiny, tmp_path, system):
+    prefix = read_prefix(tiny.model.tokenizer, write(tmp_path, *PARTS), system)
+    texts = [tiny.model.tokenizer.decode(prefix.tokens[a:b]) for a, b in zip(prefix.offset, prefix.offset[1:])]
+    assert len(texts) == 3 and texts[1] == PARTS[1] and texts[2].startswith(PARTS[2])
+    assert texts[0].endswith(PARTS[0]) and "".join(texts) == prefix.text
+    with pytest.raises(ValueError, match="empty"):
+        read_prefix(tiny.model.tokenizer, write(tmp_path, PARTS[0], "", PARTS[1]), system)
+
+
+def test_unchanged_segments_are_found(tiny):
+    memory = tiny.exact()
+    memory.prefix_tokens, memory.segment_offset = [1, 2, 3, 4, 5, 6], [0, 2, 3, 6]
+    assert unchanged(memory, Prefix([1, 2, 9, 9, 4, 5, 6], "", None, [0, 2, 4, 7])) == {0: 0, 2: 2}
+    assert unchanged(memory, Prefix([3, 4, 5, 6], "", None, [0, 1, 4])) == {0: 1, 1: 2}
+
+
+def test_an_update_is_exact_where_its_bytes_allow(tiny, tmp_path):
+    """All keys kept as anchors, the last part replaced by a longer one: kept keys must have moved to their new places."""
+    model = tiny.model
+    old = build_memory(model, write(tmp_path, *PARTS[:2]), share=1.1, queries=["repeat"])
+    prefix = read_prefix(model.tokenizer, write(tmp_path, PARTS[0], PARTS[2]))
+    new = update_memory(old, model, prefix, queries=["repeat"])
+    assert new.segment_offset == prefix.offset and len(new.layers) == 2
+    result = held_out_fidelity(model, prefill(model, prefix.tokens), new, [tiny.live])
+    assert result["kl_mean"] < 1e-5 < 1e-2 < result["kl_none"]
+
+    with pytest.raises(ValueError, match="no part"):
+        update_memory(new, model, prefix, queries=["repeat"])
+    new.model = replace(new.model, fingerprint_norms="0" * 16)
+    with pytest.raises(WrongModel):
+        update_memory(new, model, prefix, queries=["repeat"])
+
+
+def test_a_part_can_be_left_out(tiny, tmp_path):
+    old = build_memory(tiny.model, write(tmp_path, *PARTS[:2]), share=1.1, queries=["repeat"])
+    prefix = read_prefix(tiny.model.tokenizer, write(tmp_path, PARTS[0]))
+    new = update_memory(old, tiny.model, prefix, queries=["repeat"])
+    result = held_out_fidelity(tiny.model, prefill(tiny.model, prefix.tokens), new, [tiny.live])
+    assert result["kl_mean"] < 1e-5
