@@ -15,7 +15,6 @@ from .entries import token
 from .entries.anchor import CHOICE_QUERIES, anchor_state, fit_anchors, matching_pursuit, rms_attention
 from .entries.centroid import EntryState, Metric
 from .entries.target import Target, segment_targets
-from .hnsw import LINK_BYTES
 from .memory import ModelSpec
 from .progress import Progress
 from .sensitivity import sensitivity
@@ -74,13 +73,11 @@ def plan_for_bytes(
 
 
 def head_bytes(spec: ModelSpec, n: int, n_tokens: int, eight_bit: bool) -> int:
-    """Bytes of n anchors for a segment of n_tokens tokens: keys, values, float32 bias, and links where they are looked up."""
+    """Bytes of n anchors for a segment of n_tokens tokens: keys, values and float32 bias."""
     numbers = spec.key_length + spec.value_length
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
     row = (numbers // block * size if eight_bit else 2 * numbers) + 4
-    if n < n_tokens or not token.looked_up(n_tokens):
-        return n * row
-    return (n + token.REST) * row + n * LINK_BYTES
+    return (n + token.REST if n >= n_tokens and token.looked_up(n_tokens) else n) * row
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """From a prefix to a memory, top to bottom."""
 
+import math
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,8 @@ from .state import exact_state
 WINDOW = 384  # tokens of live text in one window
 STUDY_WINDOW = 192  # of self-study: more and shorter windows are written faster than few long ones
 HELD_OUT = 12  # one of so many windows is not built from, but measured on
+LATER = 4  # one of so many windows begins at a later position
+FAR = 8192
 SHARE = 1 / 8  # of the prefix's KV bytes, if nothing else is asked for
 
 
@@ -159,8 +162,14 @@ def fit_memory(
             step(1)
             return memory_state(memory, il, model.to_gguf_order(target.q))
 
-        Packed(kv, windows, visit).run(model, logits_to_keep=1)
+        Packed(kv, windows, visit, first=later_positions(len(windows), seed)).run(model, logits_to_keep=1)
     return memory
+
+
+def later_positions(n: int, seed: int) -> list[int]:
+    """Where n windows begin: most at 0, some further into a long chat, up to FAR tokens, near ones more often."""
+    drawn = torch.exp(torch.rand(n, generator=torch.Generator().manual_seed(seed)) * math.log(FAR)).long().tolist()
+    return [at if i % LATER == LATER - 1 else 0 for i, at in enumerate(drawn)]
 
 
 def fit_layer(
@@ -180,9 +189,8 @@ def fit_layer(
         if any(kind.name in head for head in heads):
             parts = [head.get(kind.name) or no_entries(model.spec) for head in heads]
             entries = join_heads(parts, model.to_gguf_order, plan.eight_bit)
-            if kind.has_graph:
-                space = "ip" if kind.name == "token" else "l2"
-                entries.graph = build_graph([p.place.cpu().numpy() for p in parts], seed, space, threads=os.cpu_count() or 1)
+            if all(p.place is not None for p in parts):
+                entries.graph = build_graph([p.place.cpu().numpy() for p in parts], seed, threads=os.cpu_count() or 1)
             setattr(layer, kind.name, entries)
     return layer
 

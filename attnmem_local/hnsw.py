@@ -13,7 +13,6 @@ from .memory import Graph
 
 M = 16  # links per entry above level 0; twice as many on level 0
 EF_CONSTRUCTION = 128
-LINK_BYTES = 4 * (2 * M + 2)  # of an entry: its links on level 0, the row of `upper`, and its share of the levels above
 
 
 def build_graph(heads: list[np.ndarray], seed: int, space: str = "l2", threads: int = 1) -> Graph:

@@ -10,11 +10,13 @@ from attnmem_local.budget import Curve, plan_for_bytes, split, uniform_plan
 from attnmem_local.build import build_memory, fit_memory
 from attnmem_local.capture import Live, Packed, PrefixKV, capture, prefill
 from attnmem_local.check import held_out_fidelity
+from attnmem_local.entries import token
 from attnmem_local.entries.anchor import anchor_state, exact_anchors, fit_anchors, fit_best_anchors, matching_pursuit, rms_attention, tune
 from attnmem_local.entries.centroid import cluster
 from attnmem_local.entries.residual import residual_entries
 from attnmem_local.entries.tangent import tangent_entries
 from attnmem_local.entries.target import Target
+from attnmem_local.evaluate import Scorer, kl
 from attnmem_local.model import BuildModel
 from attnmem_local.prefix import Prefix
 from attnmem_local.progress import Progress
@@ -184,3 +186,17 @@ def test_what_has_all_keys_is_exact(tiny):
 def test_size_is_given_once(tiny):
     with pytest.raises(ValueError, match="either"):
         build_memory(tiny.model, tiny.prefix, share=0.5, nbytes=1000)
+
+
+def test_exact_heads_of_long_prefixes_are_looked_up(tiny, monkeypatch):
+    """The tokens with the largest logits are exact, and anchors stand for the rest."""
+    monkeypatch.setattr(token, "LONG", 100)
+    memory = fit_memory(tiny.model, tiny.prefix, tiny.kv, WINDOWS, uniform_plan(tiny.model.spec, anchors=240))
+    assert (memory.n_entries("token") == 240).all() and (memory.n_entries("anchor") == token.REST).all()
+    result = held_out_fidelity(tiny.model, tiny.kv, memory, [tiny.live])
+    assert result["kl_mean"] < 0.05 * result["kl_none"]
+    path = tiny.save(memory, "token")
+    exact = Scorer(tiny.path, tiny.prefix.tokens, n_live=len(tiny.live)).log_probs(tiny.live)
+    for lookup in ("stock", "hnsw"):
+        got = Scorer(tiny.path, memory=path, lookup=lookup).log_probs(tiny.live)
+        assert kl(exact, got).mean() < 0.06 * result["kl_none"]

@@ -1,7 +1,8 @@
 """Exact heads of long prefixes: all keys and values, of which a query attends those with the largest logits.
 
 For a retrieval head a few tokens matter for each query, but which ones no small set can say. The rest, which is broad
-and smooth, is left to fitted anchors.
+and smooth, is left to fitted anchors. The search is a scan: a HNSW graph over keys, whose neighbours are not those of
+queries, finds as little as 57 % of the mass of attention on real heads (2,048 keys, top 64 of 128 candidates).
 """
 
 import torch
@@ -22,7 +23,7 @@ def looked_up(n_tokens: int) -> bool:
 
 def token_entries(k: torch.Tensor, v: torch.Tensor) -> HeadEntries:
     """Every key [P, d_k] and value [P, d_v] of the prefix."""
-    return HeadEntries(round_to_half(k), k.new_zeros(len(k)), v, place=k)
+    return HeadEntries(round_to_half(k), k.new_zeros(len(k)), v)
 
 
 def rest_target(target: Target, k: torch.Tensor, v: torch.Tensor, scale: float, block: int = 512) -> Target:

@@ -1,0 +1,64 @@
+"""Quality bought by lookups alone: a fixed number of anchors, and more and more residual entries.
+
+    .venv/bin/python bench/constant_lookup.py [--anchors 64] [--json]
+
+The README case of bench/prefixes.py, every KV head alike. KL and NLL are measured in llama.cpp on the F32 copy of the
+model, ms per token on the quantized default, in turns within one run.
+"""
+
+import json
+import os
+import statistics
+
+import click
+
+from attnmem_local.budget import uniform_plan
+from attnmem_local.build import fit_memory
+from attnmem_local.capture import prefill
+from attnmem_local.cli.common import DEFAULT_MODEL
+from attnmem_local.evaluate import Scorer
+from attnmem_local.model import load_model
+from attnmem_local.progress import Progress
+from prefixes import BUILD, F32_MODEL, FULL, load
+from scoring import score
+
+ENTRIES = (0, 1024, 2048, 4096)
+
+
+@click.command()
+@click.option("--anchors", default=64, show_default=True)
+@click.option("--rounds", default=8, show_default=True, help="Of the timing.")
+@click.option("--json", "as_json", is_flag=True)
+def main(anchors: int, rounds: int, as_json: bool) -> None:
+    progress = Progress(quiet=as_json)
+    case = load("readme", FULL)
+    model = load_model(DEFAULT_MODEL)
+    kv = prefill(model, case.prefix.tokens)
+    paths, result = {}, {"anchors": anchors, "threads": os.cpu_count(), "rows": []}
+    for n in ENTRIES:
+        plan = uniform_plan(model.spec, anchors=anchors, entries=n, eight_bit=True)
+        memory = fit_memory(model, case.prefix, kv, case.build_windows(), plan, progress=progress)
+        paths[n] = BUILD / f"constant-lookup-{n}.mem.gguf"
+        memory.save(paths[n])
+        result["rows"].append({"entries": n, "bytes": memory.nbytes(), **score(case, F32_MODEL, memory=paths[n])})
+    for row, ms in zip(result["rows"], decode_ms(paths, case.windows[0].tokens[:32], rounds).values()):
+        row["ms_per_token"] = ms
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for row in result["rows"]:
+        click.echo(f"{anchors} anchors, {row['entries']:5} entries: KL {row['kl']:.4f}, NLL {row['nll']:.4f}, {row['bytes'] / 1e6:6.1f} MB, {row['ms_per_token']:.2f} ms per token")
+
+
+def decode_ms(paths: dict, live: list[int], rounds: int, n: int = 24) -> dict[int, float]:
+    """Median ms per token with each memory, taken in turns."""
+    scorers = {name: Scorer(DEFAULT_MODEL, memory=path, n_threads=os.cpu_count()) for name, path in paths.items()}
+    seconds: dict[int, list[float]] = {name: [] for name in scorers}
+    for _ in range(rounds):
+        for name, scorer in scorers.items():
+            seconds[name] += [s for _, s in list(scorer.decode(live, n))[1:]]
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
