@@ -48,16 +48,21 @@ fetch_sdist() {
     say "fetching $SDIST_NAME (77 MB)"
     mkdir -p build
     $py -m pip download -q --no-deps --no-build-isolation --no-binary :all: -d build "llama-cpp-python==${SDIST_NAME##*-}"
+}
+
+unpack_sdist() { # folder
     check_sha256 "build/$SDIST_NAME.tar.gz" "$SDIST_SHA256"
+    rm -rf "$1"
+    mkdir -p "$1"
+    tar xzf "build/$SDIST_NAME.tar.gz" -C "$1" --strip-components 1
 }
 
 # The tree is rebuilt from the sdist whenever a patch changes; files whose content stayed the same keep their
 # time stamp, so that ninja compiles only what changed.
 patch_tree() {
     say "patching llama.cpp"
-    rm -rf build/fresh
-    mkdir -p build/fresh build/tree
-    tar xzf "build/$SDIST_NAME.tar.gz" -C build/fresh --strip-components 1
+    unpack_sdist build/fresh
+    mkdir -p build/tree
     local patch
     for patch in patches/*.patch; do
         [ -e "$patch" ] || continue
@@ -88,9 +93,7 @@ build_runtime() {
 # libllama without patches, for the test that stock behaviour has not changed
 build_stock() {
     say "building stock llama.cpp to compare with"
-    rm -rf build/stock-tree
-    mkdir -p build/stock-tree
-    tar xzf "build/$SDIST_NAME.tar.gz" -C build/stock-tree --strip-components 1
+    unpack_sdist build/stock-tree
     # shellcheck disable=SC2086
     .venv/bin/cmake -S build/stock-tree/vendor/llama.cpp -B build/stock -G Ninja ${CMAKE_ARGS:-} \
         -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON >/dev/null

@@ -19,7 +19,7 @@ from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.evaluate import Scorer
 from attnmem_local.model import load_model
 from attnmem_local.progress import Progress
-from prefixes import BUILD, F32_MODEL, FULL, load
+from prefixes import BUILD, CASES, FULL, f32_model
 from scoring import score
 
 ENTRIES = (0, 1024, 2048, 4096)
@@ -31,7 +31,7 @@ ENTRIES = (0, 1024, 2048, 4096)
 @click.option("--json", "as_json", is_flag=True)
 def main(anchors: int, rounds: int, as_json: bool) -> None:
     progress = Progress(quiet=as_json)
-    case = load("readme", FULL)
+    case = CASES["readme"](FULL)
     model = load_model(DEFAULT_MODEL)
     kv = prefill(model, case.prefix.tokens)
     paths, result = {}, {"anchors": anchors, "threads": os.cpu_count(), "rows": []}
@@ -40,7 +40,7 @@ def main(anchors: int, rounds: int, as_json: bool) -> None:
         memory = fit_memory(model, case.prefix, kv, case.build_windows(), plan, progress=progress)
         paths[n] = BUILD / f"constant-lookup-{n}.mem.gguf"
         memory.save(paths[n])
-        result["rows"].append({"entries": n, "bytes": memory.nbytes(), **score(case, F32_MODEL, memory=paths[n])})
+        result["rows"].append({"entries": n, "bytes": memory.nbytes(), **score(case, f32_model(), memory=paths[n])})
     for row, ms in zip(result["rows"], decode_ms(paths, case.windows[0].tokens[:32], rounds).values()):
         row["ms_per_token"] = ms
     if as_json:

@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "build/tree/vendor/llama.cpp/tools/server/README.md"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Sensitivities that tests measure stay out of the user's cache; commands that tests run share them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     return DEFAULT_MODEL

@@ -26,11 +26,6 @@ from attnmem_local.state import exact_state
 WINDOWS = np.random.default_rng(8).integers(300, 1024, (6, 64)).tolist()
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
 @dataclass
 class Real:
     """A short real prefix on the default model."""
@@ -143,7 +138,8 @@ def test_sensitivity_predicts_the_kl_of_a_small_error(tiny):
     assert predicted == pytest.approx(measured, rel=0.5)
 
 
-def test_sensitivity_is_measured_once_per_model(tiny):
+def test_sensitivity_is_measured_once_per_model(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = sensitivity(tiny.model, tiny.kv, WINDOWS, seed=0)
     assert torch.equal(first, sensitivity(tiny.model, tiny.kv, WINDOWS[3:], seed=1))
 

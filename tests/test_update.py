@@ -14,11 +14,6 @@ from attnmem_local.update import unchanged, update_memory
 PARTS = ("Our shop sells tea. Green tea costs 4 euros.\n", "We open at nine.\n", "Black tea costs 3 euros, and milk is free.\n")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def write(folder, *parts):
     paths = [folder / f"{i}.md" for i in range(len(parts))]
     for path, part in zip(paths, parts):
