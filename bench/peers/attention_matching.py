@@ -15,7 +15,7 @@ from prefixes import Case, builder, f32_model
 from scoring import kv_bytes, score
 
 N_QUERIES = 8192  # per KV head, drawn from those of the build text
-RIDGE = 1e-3  # pull of the values towards the original ones, against the mean of the Gram diagonal; by error on held-back build text
+RIDGE = 1e-3  # of the mean of the Gram diagonal, pulls the values to the original ones; by error on held-back build text
 NNLS_STEPS = 300
 MAX_BIAS = 10.0
 
