@@ -32,7 +32,7 @@ from .state import exact_state
 WINDOW = 384  # tokens of live text in one window
 STUDY_WINDOW = 192  # of self-study: more and shorter windows are written faster than few long ones
 HELD_OUT = 12  # one of so many windows is not built from, but measured on
-LATER = 4  # one of so many windows begins at a later position
+LATER = 8  # one of so many windows begins at a later position
 FAR = 8192
 SHARE = 1 / 8  # of the prefix's KV bytes, if nothing else is asked for
 
