@@ -78,9 +78,10 @@ class Tiny:
     def exact(self):
         return exact_memory(self.model, self.prefix, self.kv)
 
-    def fitted(self, **options):
+    def fitted(self, seed=0, **plan):
         windows = np.random.default_rng(8).integers(300, 1024, (6, 96)).tolist()
-        return fit_memory(self.model, self.prefix, self.kv, windows, uniform_plan(self.model.spec, **({"entries": 64} | options)))
+        plan = uniform_plan(self.model.spec, **({"entries": 64} | plan))
+        return fit_memory(self.model, self.prefix, self.kv, windows, plan, seed=seed)
 
     def save(self, memory, name: str) -> Path:
         path = self.folder / f"{name}.mem.gguf"
