@@ -34,18 +34,21 @@ def round_to_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def join_heads(heads: list[HeadEntries], to_gguf_order, eight_bit: bool = False) -> Entries:
-    """The heads of a layer as the arrays of the file: float16 or Q8_0 keys and values, float32 bias and log-sum-exp."""
+    """The heads of a layer as the arrays of the file: float16 or Q8_0 keys and values, float32 bias and log-sum-exp.
+
+    Keys that are looked up stay float16: their biases hold the norms of just these.
+    """
 
     def numpy(tensors, dtype):
         return torch.cat([t.cpu() for t in tensors]).numpy().astype(dtype)
 
-    def table(tensors):
+    def table(tensors, eight_bit=eight_bit):
         if eight_bit:
             return quantize_rows(numpy(tensors, np.float32))
         return numpy([round_to_half(x) for x in tensors], np.float16)
 
     return Entries(
-        key=table([to_gguf_order(h.key) for h in heads]),
+        key=table([to_gguf_order(h.key) for h in heads], eight_bit and any(h.place is None for h in heads)),
         bias=numpy([h.bias for h in heads], np.float32),
         value=table([h.value for h in heads]),
         lse=None if any(h.lse is None for h in heads) else numpy([h.lse for h in heads], np.float32),
