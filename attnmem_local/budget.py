@@ -4,6 +4,7 @@ import heapq
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Callable, Literal
 
 import gguf
@@ -15,6 +16,7 @@ from .entries import token
 from .entries.anchor import CHOICE_QUERIES, anchor_state, fit_anchors, matching_pursuit, rms_attention
 from .entries.centroid import EntryState, Metric
 from .entries.target import Target, segment_targets
+from .entries.token_graph import LINK_BYTES
 from .memory import ModelSpec
 from .progress import Progress
 from .sensitivity import sensitivity
@@ -73,11 +75,13 @@ def plan_for_bytes(
 
 
 def head_bytes(spec: ModelSpec, n: int, n_tokens: int, eight_bit: bool) -> int:
-    """Bytes of n anchors for a segment of n_tokens tokens: keys, values and float32 bias."""
+    """Bytes of n anchors for a segment of n_tokens tokens: keys, values, float32 bias, and links where they are looked up."""
     numbers = spec.key_length + spec.value_length
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
     row = (numbers // block * size if eight_bit else 2 * numbers) + 4
-    return (n + token.REST if n >= n_tokens and token.looked_up(n_tokens) else n) * row
+    if n >= n_tokens and token.looked_up(n_tokens):
+        return (n + token.REST) * row + n * LINK_BYTES
+    return n * row
 
 
 @dataclass
@@ -128,24 +132,30 @@ def curves(
         fitted = fit_anchors(fit, k[chosen], v[chosen], spec.scale)
         return head_kl(judge, anchor_state(fitted, judge.q, spec.scale), felt, n_group)
 
+    @lru_cache(maxsize=1)
+    def of_layer(il: int) -> list[Target]:
+        return segment_targets(targets[il], kv.k[il], kv.v[il], offset, spec.scale)
+
     def parts(head: Head):
         s, il, h = head
-        target = segment_targets(targets[il], kv.k[il], kv.v[il], offset, spec.scale)[s].head(h)
+        target = of_layer(il)[s].head(h)
         fit = target[0::2]
         own = slice(offset[s], offset[s + 1])
         return fit[:: -(-len(fit) // CHOICE_QUERIES)], target[1::2], kv.k[il][h, own], kv.v[il][h, own]
 
     found: dict[Head, Curve] = {}
-    for head in itertools.product(segments, range(spec.block_count), range(spec.head_count_kv)):
-        fit, judge, k, v = parts(head)
+    for il, s, h in itertools.product(range(spec.block_count), segments, range(spec.head_count_kv)):
+        fit, judge, k, v = parts((s, il, h))
         n = min(PROBE, len(k))
-        found[head] = Curve([n], [kl(fit, judge, k, v, rms_attention(fit, k, n, spec.scale), sensitivity[head[1:]])], len(k))
+        found[s, il, h] = Curve([n], [kl(fit, judge, k, v, rms_attention(fit, k, n, spec.scale), sensitivity[il, h])], len(k))
         progress(1)
     left = (1 - PROBED_SHARE) * sum(c.kl[0] for c in found.values())
+    matter = []
     for head, curve in sorted(found.items(), key=lambda item: item[1].kl[0]):
         left -= curve.kl[0]
-        if left > 0 or curve.n_tokens <= max(PROBES):
-            continue
+        if left <= 0 and curve.n_tokens > max(PROBES):
+            matter.append(head)
+    for head in sorted(matter, key=lambda head: head[1]):
         fit, judge, k, v = parts(head)
         choice = matching_pursuit(fit, k, v, max(PROBES), spec.scale)
         sizes = sorted({*PROBES, PROBE})
