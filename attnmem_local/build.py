@@ -18,6 +18,7 @@ from .entries.residual import residual_entries
 from .entries.tangent import tangent_entries
 from .entries.target import Target, segment_targets
 from .entries.token import REST, TOP_K, looked_up, rest_target, token_entries
+from .entries.token_graph import token_graph
 from .hnsw import build_graph
 from .memory import KINDS, LayerMemory, Memory, check_space
 from .model import BuildModel, load_model
@@ -189,7 +190,9 @@ def fit_layer(
         if any(kind.name in head for head in heads):
             parts = [head.get(kind.name) or no_entries(model.spec) for head in heads]
             entries = join_heads(parts, model.to_gguf_order, plan.eight_bit)
-            if all(p.place is not None for p in parts):
+            if kind.name == "token":
+                entries.graph = token_graph([p.key.cpu().numpy() for p in parts], list(target.q.cpu().numpy()))
+            elif all(p.place is not None for p in parts):
                 entries.graph = build_graph([p.place.cpu().numpy() for p in parts], seed, threads=os.cpu_count() or 1)
             setattr(layer, kind.name, entries)
     return layer

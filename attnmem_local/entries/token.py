@@ -1,8 +1,7 @@
 """Exact heads of long prefixes: all keys and values, of which a query attends those with the largest logits.
 
 For a retrieval head a few tokens matter for each query, but which ones no small set can say. The rest, which is broad
-and smooth, is left to fitted anchors. The search is a scan: a HNSW graph over keys, whose neighbours are not those of
-queries, finds as little as 57 % of the mass of attention on real heads (2,048 keys, top 64 of 128 candidates).
+and smooth, is left to fitted anchors. They are searched over links made from queries, see token_graph.py.
 """
 
 import torch
