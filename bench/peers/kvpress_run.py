@@ -4,8 +4,11 @@
 
 JOB: {"gguf": path, "prefix": tokens, "chat": whether the prefix ends in an open user turn,
       "windows": [{"tokens": tokens, "n_given": how many are not scored}]}
+or, to classify (the answers are the most probable labels after the tests):
+     {"gguf", "prefix", "chat", "labels": [tokens], "tests": [tokens]}
 Then every line of standard input is a press and the share of the KV cache to keep, e.g. "SnapKV 0.125", and every line
-of standard output is {"kl", "nll", "top1", "share", "nll_full"} or {"error"}. KL is to the full cache in this process.
+of standard output is {"kl", "nll", "top1", "share", "nll_full"}, or {"answers", "share", "ms_per_test"}, or {"error"}.
+KL is to the full cache in this process.
 """
 
 import copy
@@ -13,12 +16,16 @@ import json
 import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import kvpress
 import torch
 import torch.nn.functional as F
 import transformers
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+from labels import most_probable  # noqa: E402
 
 PRESSES = {
     "Knorm": kvpress.KnormPress,
@@ -58,7 +65,9 @@ class Runner:
         options = dict(gguf_file=path.name, dtype=torch.float32)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
         self.prefix = torch.tensor([job["prefix"]])
-        self.windows = job["windows"]
+        self.windows = job.get("windows", [])
+        self.labels = [tuple(label) for label in job.get("labels", [])]
+        self.tests = job.get("tests", [])
 
         self.folder = tempfile.TemporaryDirectory()  # KVzip loads the tokenizer again from where the model came from
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -119,8 +128,27 @@ class Runner:
             rows.append(logits[max(window["n_given"] - 1, 0) :].log_softmax(-1))
         return rows
 
+    def classify(self, cache) -> list[int]:
+        """The most probable label after each test."""
+        self.model.set_attn_implementation("attend_kept")
+        n = cache.get_seq_length()
+
+        def log_probs(tokens, n_past: int, last: bool):
+            cache.crop(n + n_past)
+            positions = self.prefix.shape[1] + n_past + torch.arange(len(tokens))[None]
+            logits = self.model(
+                input_ids=torch.tensor([tokens]), position_ids=positions, past_key_values=cache, logits_to_keep=int(last)
+            ).logits[0]
+            return logits.double().log_softmax(-1).numpy()
+
+        return [most_probable(self.labels, test, log_probs) for test in self.tests]
+
     def run(self, name: str, share: float) -> dict:
         cache = self.compress(PRESSES[name](1 - share))
+        if self.tests:
+            start, kept = time.perf_counter(), self.kept(cache)  # before live tokens are added
+            found = {"answers": self.classify(cache), "share": kept}
+            return found | {"ms_per_test": 1000 * (time.perf_counter() - start) / len(self.tests)}
         result = compare(self.full, self.log_probs(cache), self.windows)
         return result | {"share": self.kept(cache), "nll_full": compare(self.full, self.full, self.windows)["nll"]}
 
