@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from attnmem_local import native
 from attnmem_local.budget import Curve, plan_for_bytes, split, uniform_plan
 from attnmem_local.build import build_memory, fit_memory
 from attnmem_local.capture import Live, Packed, PrefixKV, capture, prefill
@@ -13,13 +14,17 @@ from attnmem_local.check import held_out_fidelity
 from attnmem_local.entries import token
 from attnmem_local.entries.anchor import anchor_state, exact_anchors, fit_anchors, fit_best_anchors, matching_pursuit, rms_attention, tune
 from attnmem_local.entries.centroid import cluster
+from attnmem_local.entries.head import join_heads
 from attnmem_local.entries.residual import residual_entries
 from attnmem_local.entries.tangent import tangent_entries
 from attnmem_local.entries.target import Target
+from attnmem_local.entries.token_graph import token_graph
 from attnmem_local.evaluate import Scorer, kl
+from attnmem_local.memory import LayerMemory, Memory
 from attnmem_local.model import BuildModel
 from attnmem_local.prefix import Prefix
 from attnmem_local.progress import Progress
+from attnmem_local.runtime import MemoryLlama
 from attnmem_local.sensitivity import measure, sensitivity
 from attnmem_local.state import exact_state
 
@@ -196,3 +201,40 @@ def test_exact_heads_of_long_prefixes_are_looked_up(tiny, monkeypatch):
     for lookup in ("stock", "hnsw"):
         got = Scorer(tiny.path, memory=path, lookup=lookup).log_probs(tiny.live)
         assert kl(exact, got).mean() < 0.06 * result["kl_none"]
+
+
+def test_what_a_query_attends_is_found(default_build_model, default_model, readme_tokens, tmp_path):
+    """Over links made from queries the search covers the mass of the true top k, for queries that made no links."""
+    model, il, n = default_build_model, 7, 1024
+    windows = [readme_tokens[i : i + 256] for i in range(n, n + 6 * 256, 256)]
+    kv = prefill(model, readme_tokens[:n])
+    q = capture(model, kv, windows[:-1])[il].q
+    live = model.to_gguf_order(capture(model, kv, windows[-1:])[il].q).unflatten(1, (-1, 256))  # [n_head_kv, g, n_tokens, d_k]
+
+    heads = [token.token_entries(k, v) for k, v in zip(kv.k[il], kv.v[il])]
+    tokens = join_heads(heads, model.to_gguf_order)
+    tokens.graph = token_graph([h.key.numpy() for h in heads], list(q.numpy()))
+    path = tmp_path / "tokens.mem.gguf"
+    layers = [{il: LayerMemory(token=tokens)}]
+    Memory(model.spec, readme_tokens[:n], "", layers, [0, n], token_top_k=token.TOP_K).save(path)
+
+    llama = MemoryLlama(str(default_model), memory=path, verbose=False)
+    live = live.permute(2, 0, 1, 3).flatten(1, 2).contiguous().numpy()
+    lse = [native.state(llama.memories[0].memory.handle, il, live, lookup)[..., -1] for lookup in ("hnsw", "scan")]
+    mass = np.exp(lse[0] - lse[1])
+    assert mass.mean() > 0.995 and np.quantile(mass, 0.05) > 0.98
+
+
+def test_every_key_can_be_reached():
+    """Also those that no query retrieves."""
+    rng = np.random.default_rng(0)
+    keys = [rng.standard_normal((n, 8)).astype(np.float32) for n in (0, 1, 400)]
+    queries = [rng.standard_normal((3, 8)).astype(np.float32) for _ in keys]
+    graph = token_graph(keys, queries)
+    link = graph.link0[1:]
+    reached = {int(graph.entry[2])}
+    border = reached
+    while border:
+        border = {j for i in border for j in link[i].tolist() if j >= 0} - reached
+        reached = reached | border
+    assert len(reached) == 400
