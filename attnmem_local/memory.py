@@ -123,6 +123,11 @@ class ModelSpec:
     fingerprint_norms: str
     fingerprint_vocab: str
 
+    def __post_init__(self):
+        """Numbers as the file keeps them, in float32: what is read back is equal."""
+        for name in ("scale", "rope_freq_base", "rope_freq_scale"):
+            setattr(self, name, float(np.float32(getattr(self, name))))
+
     def kv_bytes_per_token(self) -> int:
         """Of a F16 KV cache."""
         return self.block_count * self.head_count_kv * (self.key_length + self.value_length) * 2

@@ -8,6 +8,7 @@ from attnmem_local.build import build_memory
 from attnmem_local.capture import prefill
 from attnmem_local.check import held_out_fidelity
 from attnmem_local.errors import WrongModel
+from attnmem_local.memory import Memory
 from attnmem_local.prefix import Prefix, read_prefix
 from attnmem_local.update import unchanged, update_memory
 
@@ -53,6 +54,14 @@ def test_an_update_is_exact_where_its_bytes_allow(tiny, tmp_path):
     new.model = replace(new.model, fingerprint_norms="0" * 16)
     with pytest.raises(WrongModel):
         update_memory(new, model, prefix, queries=["repeat"])
+
+
+def test_a_model_is_known_again_from_the_file(tiny, tmp_path):
+    """Also where the scale is not a number of float32, as with heads of 80 or 128."""
+    memory = tiny.exact()
+    memory.model = replace(memory.model, scale=80**-0.5, rope_freq_scale=1 / 3)
+    memory.save(tmp_path / "a.gguf")
+    assert Memory.load(tmp_path / "a.gguf").model == memory.model == replace(tiny.model.spec, scale=80**-0.5, rope_freq_scale=1 / 3)
 
 
 def test_a_part_can_be_left_out(tiny, tmp_path):
