@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import torch
 
-from .capture import PrefixKV, capture
+from .capture import PrefixKV, capture, spread
 from .entries import token
 from .entries.anchor import CHOICE_QUERIES, anchor_state, fit_anchors, matching_pursuit, rms_attention
 from .entries.centroid import EntryState, Metric
@@ -25,8 +25,6 @@ PROBE = 64  # anchors that every head is tried with
 PROBES = (16, 256)  # and those that matter also with these
 PROBED_SHARE = 0.995  # of the KL at PROBE: heads that carry it matter
 SIZES = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-
-
 WINDOWS = 5  # of live text that the curves are measured on
 
 
@@ -66,7 +64,7 @@ def plan_for_bytes(
     with progress.stage("sensitivity") as step:
         felt = sensitivity(model, kv, windows, seed, step)
     with progress.stage("budget", len(segments) * spec.block_count * spec.head_count_kv) as step:
-        targets = capture(model, kv, windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS])
+        targets = capture(model, kv, spread(windows, WINDOWS))
         found = curves(model, kv, targets, offset, segments, felt, step)
     anchors = np.zeros((len(offset) - 1, spec.block_count, spec.head_count_kv), dtype=np.int64)
     for head, n in split(found, nbytes, lambda n, n_tokens: head_bytes(spec, n, n_tokens, eight_bit)).items():
@@ -139,9 +137,8 @@ def curves(
     def parts(head: Head):
         s, il, h = head
         target = of_layer(il)[s].head(h)
-        fit = target[0::2]
         own = slice(offset[s], offset[s + 1])
-        return fit[:: -(-len(fit) // CHOICE_QUERIES)], target[1::2], kv.k[il][h, own], kv.v[il][h, own]
+        return target[0::2].thinned(CHOICE_QUERIES), target[1::2], kv.k[il][h, own], kv.v[il][h, own]
 
     found: dict[Head, Curve] = {}
     for il, s, h in itertools.product(range(spec.block_count), segments, range(spec.head_count_kv)):

@@ -17,7 +17,7 @@ from .entries.head import HeadEntries, join_heads, no_entries
 from .entries.residual import residual_entries
 from .entries.tangent import tangent_entries
 from .entries.target import Target, segment_targets
-from .entries.token import REST, TOP_K, looked_up, rest_target, token_entries
+from .entries.token import REST, TOP_K, looked_up, rest_target
 from .entries.token_graph import token_graph
 from .hnsw import build_graph
 from .memory import KINDS, LayerMemory, Memory, check_space
@@ -87,13 +87,20 @@ def build_memory(
     plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, segments, seed, progress)
     memory = fit_memory(model, prefix, kv, build_text, plan, seed=seed, progress=progress)
     memory.build["queries"] = ", ".join(s if isinstance(s, str) else f"{len(s)} traces" for s in queries)
+    measure_and_save(model, kv, memory, held_out, out, progress)
+    return memory
+
+
+def measure_and_save(
+    model: BuildModel, kv: PrefixKV, memory: Memory, held_out: list[list[int]], out: str | os.PathLike | None, progress: Progress
+) -> None:
+    """The end of every build: fidelity on windows that were not built from, if there are any, and the file, if it is wanted."""
     if held_out:
         with progress.stage("check"):
             memory.fidelity = held_out_fidelity(model, kv, memory, held_out)
     if out is not None:
         with progress.stage("write"):
             memory.save(out)
-    return memory
 
 
 def collect_queries(
@@ -210,7 +217,7 @@ def fit_head(
     if n_anchors >= len(k) and not looked_up(len(k)):
         return {"anchor": exact_anchors(k, v)}
     if n_anchors >= len(k):
-        found["token"], target, n_anchors = token_entries(k, v), rest_target(target, k, v, scale), REST
+        found["token"], target, n_anchors = exact_anchors(k, v), rest_target(target, k, v, scale), REST
     if n_anchors:
         found["anchor"] = fit_best_anchors(target, k, v, n_anchors, scale, plan.tune_steps, generator)
     if n_entries:

@@ -188,6 +188,11 @@ class Packed:
         return _forward(model, self.tokens, self.positions, self, **options)
 
 
+def spread(windows: list[list[int]], n: int) -> list[list[int]]:
+    """At most n of the windows, from all over them."""
+    return windows[:: max(1, len(windows) // n)][:n]
+
+
 def _pack(lengths: list[int]) -> list[list[int]]:
     """Windows in rows that are no longer than the longest: first fit, longest first. The first row is full."""
     rows, room = [], []

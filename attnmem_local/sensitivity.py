@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from safetensors.torch import load_file, save_file
 
-from .capture import Packed, PrefixKV
+from .capture import Packed, PrefixKV, spread
 from .errors import Unreadable
 
 WINDOWS = 4  # of live text that the gradients are averaged over
@@ -41,7 +41,7 @@ def sensitivity(
             raise Unreadable(f"'{path}' is damaged ({error}); delete it to measure it again") from None
         if found.shape == shape:
             return found
-    found = measure(model, kv, windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS], seed, progress)
+    found = measure(model, kv, spread(windows, WINDOWS), seed, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     save_file({"sensitivity": found}, part)

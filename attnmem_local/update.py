@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from .budget import plan_for_bytes
-from .build import collect_queries, fit_memory
+from .build import collect_queries, fit_memory, measure_and_save
 from .capture import prefill
-from .check import held_out_fidelity
 from .errors import WrongModel
 from .memory import KINDS, Entries, LayerMemory, Memory, quantize_rows, rows
 from .model import BuildModel, load_model
@@ -60,20 +59,22 @@ def update_memory(
         keep[s] = {il: _moved(model, layer, moved) for il, layer in old.layers[before].items()}
 
     build_text, held_out = collect_queries(model, prefix, kv, queries, windows, seed, progress)
-    tokens = [prefix.tokens[prefix.offset[s] : prefix.offset[s + 1]] for s in changed]
-    if not changed:
-        result = replace(old, layers=[keep[s] for s in range(len(keep))], segment_offset=prefix.offset, fidelity={})
-        result.prefix_tokens, result.prefix_text, result.prefix_messages = prefix.tokens, prefix.text, prefix.messages
+    if not changed:  # parts were only left out
+        result = replace(
+            old,
+            prefix_tokens=prefix.tokens,
+            prefix_text=prefix.text,
+            prefix_messages=prefix.messages,
+            segment_offset=prefix.offset,
+            layers=[keep[s] for s in range(len(keep))],
+            fidelity={},
+        )
     else:
-        nbytes = int(old.nbytes() / old.kv_bytes() * sum(map(len, tokens)) * model.spec.kv_bytes_per_token())
+        n_tokens = sum(prefix.offset[s + 1] - prefix.offset[s] for s in changed)
+        nbytes = int(old.nbytes() / old.kv_bytes() * n_tokens * model.spec.kv_bytes_per_token())
         plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, changed, seed, progress)
         result = fit_memory(model, prefix, kv, build_text, plan, keep=keep, seed=seed, progress=progress)
-    if held_out:
-        with progress.stage("check"):
-            result.fidelity = held_out_fidelity(model, kv, result, held_out)
-    if out is not None:
-        with progress.stage("write"):
-            result.save(out)
+    measure_and_save(model, kv, result, held_out, out, progress)
     return result
 
 

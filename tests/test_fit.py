@@ -211,7 +211,7 @@ def test_what_a_query_attends_is_found(default_build_model, default_model, readm
     q = capture(model, kv, windows[:-1])[il].q
     live = model.to_gguf_order(capture(model, kv, windows[-1:])[il].q).unflatten(1, (-1, 256))  # [n_head_kv, g, n_tokens, d_k]
 
-    heads = [token.token_entries(k, v) for k, v in zip(kv.k[il], kv.v[il])]
+    heads = [exact_anchors(k, v) for k, v in zip(kv.k[il], kv.v[il])]
     tokens = join_heads(heads, model.to_gguf_order)
     tokens.graph = token_graph([h.key.numpy() for h in heads], list(q.numpy()))
     path = tmp_path / "tokens.mem.gguf"

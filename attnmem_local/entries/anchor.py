@@ -38,7 +38,7 @@ def fit_best_anchors(
     The last eighth of the queries, which are of other windows, judges whether tuning went beyond what few queries tell.
     """
     judge, target = target[len(target) * 7 // 8 :], target[: len(target) * 7 // 8]
-    some = target[:: -(-len(target) // CHOICE_QUERIES)]
+    some = target.thinned(CHOICE_QUERIES)
     chosen = matching_pursuit(some, k, v, n, scale)
     fitted = fit_anchors(some, k[chosen], v[chosen], scale)
     tuned = tune(fitted, target, scale, steps, generator)

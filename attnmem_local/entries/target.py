@@ -31,6 +31,10 @@ class Target:
         """Queries of one head."""
         return len(self.q)
 
+    def thinned(self, n: int) -> "Target":
+        """At most n of the queries of one head, from all over them."""
+        return self[:: -(-len(self) // n)]
+
     @property
     def share(self) -> torch.Tensor:
         """The share of its attention that a query pays to the prefix: errors count by its square. [n]"""

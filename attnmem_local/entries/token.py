@@ -7,7 +7,6 @@ and smooth, is left to fitted anchors. They are searched over links made from qu
 import torch
 
 from ..state import State, merge, state_of_logits
-from .head import HeadEntries, round_to_half
 from .target import Target
 
 TOP_K = 64
@@ -18,11 +17,6 @@ LONG = 4096  # tokens from which on a search is cheaper than attending all
 def looked_up(n_tokens: int) -> bool:
     """Whether the exact heads of a segment of so many tokens are looked up rather than attended."""
     return n_tokens > LONG
-
-
-def token_entries(k: torch.Tensor, v: torch.Tensor) -> HeadEntries:
-    """Every key [P, d_k] and value [P, d_v] of the prefix."""
-    return HeadEntries(round_to_half(k), k.new_zeros(len(k)), v)
 
 
 def rest_target(target: Target, k: torch.Tensor, v: torch.Tensor, scale: float, block: int = 512) -> Target:
