@@ -3,8 +3,7 @@
 A row reads `Query: …\\nIntent: …\\n`, with the label as the data set spells it. The rules:
     intents   those whose training rows are told best by the words of the 77 labels alone (told_by_words). Chosen after
               random ones, on which a model of 135M with the full prefix does little better than without. With these
-              the full prefix is not clearly better than none either: 55 against 43 % of 60 training rows, 50 against
-              46 % of the 400 tests of seed 0. The rule is still to be found.
+              the full prefix is not clearly better than none either: the rule is still to be found.
     prefix    training rows, one per intent in random order, then again, until the next row would pass 2,048 tokens
     traces    500 other training rows, in the same rounds, joined to windows of at most 384 tokens
     tests     rows of the test file with these intents, drawn at random by the seed
