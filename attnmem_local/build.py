@@ -86,7 +86,7 @@ def build_memory(
     segments = list(range(len(prefix.offset) - 1))
     plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, segments, seed, progress)
     memory = fit_memory(model, prefix, kv, build_text, plan, seed=seed, progress=progress)
-    memory.build["queries"] = ", ".join(s if isinstance(s, str) else f"{len(s)} traces" for s in queries)
+    memory.build["queries"] = query_names(queries)
     measure_and_save(model, kv, memory, held_out, out, progress)
     return memory
 
@@ -122,6 +122,11 @@ def collect_queries(
     if not build_text:
         raise ValueError("there are no queries to build from; give traces, 'repeat' or 'self-study'")
     return build_text, held_out
+
+
+def query_names(queries: Sequence[str | list]) -> str:
+    """Sources as the file names them."""
+    return ", ".join(source if isinstance(source, str) else f"{len(source)} traces" for source in queries)
 
 
 def fit_memory(

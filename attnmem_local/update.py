@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .budget import plan_for_bytes
-from .build import collect_queries, fit_memory, measure_and_save
+from .build import collect_queries, fit_memory, measure_and_save, query_names
 from .capture import prefill
 from .errors import WrongModel
 from .memory import KINDS, Entries, LayerMemory, Memory, quantize_rows, rows
@@ -74,6 +74,7 @@ def update_memory(
         nbytes = int(old.nbytes() / old.kv_bytes() * n_tokens * model.spec.kv_bytes_per_token())
         plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, changed, seed, progress)
         result = fit_memory(model, prefix, kv, build_text, plan, keep=keep, seed=seed, progress=progress)
+        result.build["queries"] = query_names(queries)
     measure_and_save(model, kv, result, held_out, out, progress)
     return result
 

@@ -1,21 +1,17 @@
 """Many-shot intent classification on banking77: the cases, and the classifier.
 
 A row reads `Query: …\\nIntent: …\\n`, with the label as the data set spells it. The rules:
-    intents   those whose training rows are told best by the words of the 77 labels alone (told_by_words). Chosen after
-              random ones, on which a model of 135M with the full prefix does little better than without. With these
-              the full prefix is not clearly better than none either: the rule is still to be found.
+    intents   N_INTENTS drawn by the seed, of those with at least N_ROWS training rows
     prefix    training rows, one per intent in random order, then again, until the next row would pass 2,048 tokens
     traces    500 other training rows, in the same rounds, joined to windows of at most 384 tokens
-    tests     rows of the test file with these intents, drawn at random by the seed
+    choice    40 training rows more, to find seeds for which the full prefix is better than none (intents.py)
+    tests     rows of the test file with these intents in random order, 200 at most
 """
 
 import csv
 import hashlib
 import json
-import math
 import random
-import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +23,8 @@ from attnmem_local.prefix import Prefix
 from labels import most_probable
 
 CACHE = Path(__file__).parents[1] / "build/tasks-cache"
-N_PREFIX, N_TRACES, N_TESTS, WINDOW = 2048, 500, 400, 384
+N_INTENTS = 10  # with 40 test rows each
+N_PREFIX, N_TRACES, N_CHOICE, N_TESTS, WINDOW = 2048, 500, 40, 200, 384
 N_ROWS = 75  # training rows that an intent must have
 
 
@@ -38,7 +35,8 @@ class Case:
     half: list[int]  # tokens of the first half of the demonstrations
     traces: list[list[int]]  # token windows of joined rows
     labels: list[list[int]]  # tokens of each intent, with the line end that closes a row: no label begins another
-    tests: list[tuple[list[int], int]]  # tokens of the live text up to `Intent:`, and the index of its label
+    choice: list[tuple[list[int], int]]  # tokens of the live text up to `Intent:`, and the index of its label
+    tests: list[tuple[list[int], int]]  # the same
 
     @cached_property
     def folder(self) -> Path:
@@ -59,48 +57,37 @@ def row(text: str, intent: str) -> str:
     return f"Query: {' '.join(text.split())}\nIntent: {intent}\n"
 
 
-def make_case(tokenizer, data: Path, seed: int, n_intents: int, n_tests: int = N_TESTS) -> Case:
+def make_case(tokenizer, data: Path, seed: int, n_tests: int = N_TESTS) -> Case:
     """One case of banking77; data: the folder with train.csv and test.csv."""
     rng = random.Random(seed)
     train, test = (_by_intent(data / name, rng) for name in ("train.csv", "test.csv"))
-    told = told_by_words(train)
-    intents = sorted((i for i in sorted(train) if len(train[i]) >= N_ROWS), key=told.get, reverse=True)[:n_intents]
-    rows = [row(*pair) for pair in _rounds({i: train[i] for i in intents}, rng)]
+    intents = sorted(rng.sample(sorted(i for i in train if len(train[i]) >= N_ROWS), N_INTENTS))
+    pairs = list(_rounds({i: train[i] for i in intents}, rng))
+    rows = [row(*pair) for pair in pairs]
 
     def tokens(text: str, bos: bool = False) -> list[int]:
         return tokenizer.encode(text, add_bos=bos)
 
+    def asked(text: str, intent: str) -> tuple[list[int], int]:
+        return tokens(row(text, "")[: -len(" \n")]), intents.index(intent)
+
     n = next(n for n in range(1, len(rows)) if len(tokens("".join(rows[: n + 1]), True)) > N_PREFIX)
     text = "".join(rows[:n])
-    if len(rows) < n + N_TRACES:
-        raise ValueError(f"{n_intents} intents have too few training rows")
+    tests = [(text, intent) for intent in intents for text in test[intent]]
     windows = [""]
     for trace in rows[n : n + N_TRACES]:
         if len(tokens(windows[-1] + trace)) > WINDOW:
             windows.append("")
         windows[-1] += trace
-    tests = [(text, i) for i, intent in enumerate(intents) for text in test[intent]]
-    live = [(tokens(row(text, "")[: -len(" \n")]), i) for text, i in rng.sample(tests, min(n_tests, len(tests)))]
-    labels = [tokens(f" {intent}\n") for intent in intents]
-    half = tokens("".join(rows[: n // 2]), True)
-    return Case(seed, Prefix(tokens(text, True), text), half, [tokens(w) for w in windows], labels, live)
-
-
-def told_by_words(train: dict[str, list[str]]) -> dict[str, float]:
-    """Share of each intent's rows whose label has, of all labels, the most and rarest words in common with the row."""
-
-    def words(text: str) -> set[str]:
-        return {word[:5] for word in re.findall(r"[a-z]{3,}", text.lower())}  # a word's first letters stand for its stem
-
-    labels = {intent: words(intent) for intent in train}
-    count = Counter(word for found in labels.values() for word in found)
-
-    def best(text: str) -> str | None:
-        found = words(text)
-        score = {i: sum(math.log(len(labels) / count[w]) for w in sorted(labels[i] & found)) for i in labels}
-        return max(sorted(score), key=score.get) if any(score.values()) else None
-
-    return {intent: sum(best(text) == intent for text in texts) / len(texts) for intent, texts in train.items()}
+    return Case(
+        seed,
+        Prefix(tokens(text, True), text),
+        half=tokens("".join(rows[: n // 2]), True),
+        traces=[tokens(w) for w in windows],
+        labels=[tokens(f" {intent}\n") for intent in intents],
+        choice=[asked(*pair) for pair in pairs[n + N_TRACES :][:N_CHOICE]],
+        tests=[asked(*pair) for pair in rng.sample(tests, len(tests))[:n_tests]],
+    )
 
 
 def _by_intent(path: Path, rng: random.Random) -> dict[str, list[str]]:

@@ -35,7 +35,7 @@ from prefixes import CASES, FULL, QUICK, Case, builder, f32_model
 from scoring import kv_bytes, score
 
 RESULTS = Path(__file__).parent / "results"
-SHARES = tuple(Fraction(1, n) for n in (32, 16, 8, 4, 2))
+SHARES = tuple(Fraction(1, n) for n in (32, 16, 8))
 console = Console(stderr=True)
 
 
@@ -79,7 +79,7 @@ class _Share(click.ParamType):
 
 @click.command()
 @click.option("--prefix", "prefixes", multiple=True, type=click.Choice(list(CASES)), help="Default: all.")
-@click.option("--share", "shares", multiple=True, type=_Share(), help="Of the F16 KV cache; default: 1/32 to 1/2.")
+@click.option("--share", "shares", multiple=True, type=_Share(), help="Of the F16 KV cache; default: 1/32, 1/16, 1/8.")
 @click.option("--method", "methods", multiple=True, type=click.Choice([*FIXED, *METHODS]), help="Default: all.")
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @click.option("--quick", is_flag=True, help="A trial on 512 tokens and one window.")

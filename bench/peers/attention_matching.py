@@ -12,7 +12,7 @@ import torch
 from attnmem_local.capture import capture, prefill
 from attnmem_local.memory import Entries, LayerMemory, Memory
 from prefixes import Case, builder, f32_model
-from scoring import kv_bytes, score
+from scoring import score
 
 N_QUERIES = 8192  # per KV head, drawn from those of the build text
 RIDGE = 1e-3  # of the mean of the Gram diagonal, pulls the values to the original ones; by error on held-back build text
@@ -21,28 +21,31 @@ MAX_BIAS = 10.0
 
 
 def attention_matching(case: Case, share: float) -> dict:
-    model, spec = builder(), builder().spec
+    memory = matching_memory(case, share)
+    path = case.folder / "attention-matching.mem.gguf"
+    memory.save(path)
+    result = score(case, f32_model(), memory=path) | {"share": memory.nbytes() / memory.kv_bytes()}
+    path.unlink()
+    return result
+
+
+def matching_memory(case, share: float) -> Memory:
+    """case: anything with a prefix and build_windows()."""
+    model, spec, prefix = builder(), builder().spec, case.prefix
     kv, captured = _captured(case)
-    n_heads = spec.block_count * spec.head_count_kv
     per_key = 2 * spec.key_length + 2 * spec.value_length + 4
-    n = int(share * kv_bytes(case) / n_heads / per_key)
+    n = int(share * len(prefix.tokens) * spec.kv_bytes_per_token() / (spec.block_count * spec.head_count_kv) / per_key)
     layers = {}
     for il, (q, o, lse) in enumerate(captured):
         heads = [fit_head(*head, spec.scale, n) for head in zip(q, o, lse, kv.k[il], kv.v[il])]
         key, bias, value = (np.concatenate(parts) for parts in zip(*heads))
         key = model.to_gguf_order(torch.from_numpy(key)).numpy()
-        offset = np.arange(spec.head_count_kv + 1, dtype=np.int32) * n
-        layers[il] = LayerMemory(anchor=Entries(key, bias, value, offset.astype(np.int32)))
-    memory = Memory(spec, case.prefix.tokens, case.prefix.text, [layers], [0, len(case.prefix.tokens)], case.prefix.messages)
-    path = case.folder / "attention-matching.mem.gguf"
-    memory.save(path)
-    result = score(case, f32_model(), memory=path) | {"share": n * n_heads * per_key / kv_bytes(case), "keys": n}
-    path.unlink()
-    return result
+        layers[il] = LayerMemory(anchor=Entries(key, bias, value, np.arange(spec.head_count_kv + 1, dtype=np.int32) * n))
+    return Memory(spec, prefix.tokens, prefix.text, [layers], prefix.offset, prefix.messages)
 
 
 @lru_cache(maxsize=1)
-def _captured(case: Case):
+def _captured(case):
     """Keys and values of the prefix; per layer q [n_head_kv, n, d_k], o [n_head_kv, n, d_v], lse [n_head_kv, n]."""
     model = builder()
     kv = prefill(model, case.prefix.tokens)

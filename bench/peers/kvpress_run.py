@@ -32,8 +32,6 @@ PRESSES = {
     "SnapKV": kvpress.SnapKVPress,
     "ExpectedAttention": kvpress.ExpectedAttentionPress,
     "KVzip": kvpress.KVzipPress,
-    "TOVA": kvpress.TOVAPress,
-    "AdaKV-SnapKV": lambda ratio: kvpress.AdaKVPress(kvpress.SnapKVPress(ratio)),
     "AdaKV-ExpectedAttention": lambda ratio: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(ratio, epsilon=1e-2)),
 }
 # in a chat, KVzip asks the model to repeat the context in the user turn that is open, and to answer

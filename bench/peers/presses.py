@@ -12,7 +12,7 @@ from prefixes import BUILD, Case, f32_model
 VENV = BUILD / "kvpress-venv"
 PYTHON = VENV / "bin/python"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-PRESSES = ("Knorm", "SnapKV", "ExpectedAttention", "KVzip", "AdaKV-SnapKV", "AdaKV-ExpectedAttention", "TOVA")
+PRESSES = ("Knorm", "SnapKV", "ExpectedAttention", "KVzip", "AdaKV-ExpectedAttention")
 
 
 def kvpress(case: Case, share: float, press: str) -> dict:
