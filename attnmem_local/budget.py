@@ -25,7 +25,7 @@ PROBE = 64  # anchors that every head is tried with
 PROBES = (16, 256)  # and those that matter also with these
 PROBED_SHARE = 0.995  # of the KL at PROBE: heads that carry it matter
 SIZES = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-WINDOWS = 5  # of live text that the curves are measured on
+TOKENS = 1920  # of live text that the curves are measured on
 
 
 @dataclass
@@ -64,7 +64,7 @@ def plan_for_bytes(
     with progress.stage("sensitivity") as step:
         felt = sensitivity(model, kv, windows, seed, step)
     with progress.stage("budget", len(segments) * spec.block_count * spec.head_count_kv) as step:
-        targets = capture(model, kv, spread(windows, WINDOWS))
+        targets = capture(model, kv, spread(windows, TOKENS))
         found = curves(model, kv, targets, offset, segments, felt, step)
     anchors = np.zeros((len(offset) - 1, spec.block_count, spec.head_count_kv), dtype=np.int64)
     for head, n in split(found, nbytes, lambda n, n_tokens: head_bytes(spec, n, n_tokens, eight_bit)).items():

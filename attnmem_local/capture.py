@@ -188,9 +188,10 @@ class Packed:
         return _forward(model, self.tokens, self.positions, self, **options)
 
 
-def spread(windows: list[list[int]], n: int) -> list[list[int]]:
-    """At most n of the windows, from all over them."""
-    return windows[:: max(1, len(windows) // n)][:n]
+def spread(windows: list[list[int]], n_tokens: int) -> list[list[int]]:
+    """Windows from all over them, with about so many tokens together."""
+    n = min(len(windows), max(1, round(n_tokens * len(windows) / sum(map(len, windows)))))
+    return [windows[i * len(windows) // n] for i in range(n)]
 
 
 def _pack(lengths: list[int]) -> list[list[int]]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from .capture import Packed, PrefixKV, spread
 from .errors import Unreadable
 
-WINDOWS = 4  # of live text that the gradients are averaged over
+TOKENS = 1536  # of live text that the gradients are averaged over
 
 
 def cache_path(model) -> Path:
@@ -41,7 +41,7 @@ def sensitivity(
             raise Unreadable(f"'{path}' is damaged ({error}); delete it to measure it again") from None
         if found.shape == shape:
             return found
-    found = measure(model, kv, spread(windows, WINDOWS), seed, progress)
+    found = measure(model, kv, spread(windows, TOKENS), seed, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     save_file({"sensitivity": found}, part)

@@ -3,7 +3,7 @@
 A row reads `Query: …\\nIntent: …\\n`, with the label as the data set spells it. The rules:
     intents   N_INTENTS drawn by the seed, of those with at least N_ROWS training rows
     prefix    training rows, one per intent in random order, then again, until the next row would pass 2,048 tokens
-    traces    500 other training rows, in the same rounds, joined to windows of at most 384 tokens
+    traces    500 other training rows, in the same rounds, each by itself
     choice    40 training rows more, to find seeds for which the full prefix is better than none (intents.py)
     tests     rows of the test file with these intents in random order, 200 at most
 """
@@ -24,7 +24,7 @@ from labels import most_probable
 
 CACHE = Path(__file__).parents[1] / "build/tasks-cache"
 N_INTENTS = 10  # with 40 test rows each
-N_PREFIX, N_TRACES, N_CHOICE, N_TESTS, WINDOW = 2048, 500, 40, 200, 384
+N_PREFIX, N_TRACES, N_CHOICE, N_TESTS = 2048, 500, 40, 200
 N_ROWS = 75  # training rows that an intent must have
 
 
@@ -33,7 +33,7 @@ class Case:
     seed: int
     prefix: Prefix
     half: list[int]  # tokens of the first half of the demonstrations
-    traces: list[list[int]]  # token windows of joined rows
+    traces: list[list[int]]  # tokens of whole rows
     labels: list[list[int]]  # tokens of each intent, with the line end that closes a row: no label begins another
     choice: list[tuple[list[int], int]]  # tokens of the live text up to `Intent:`, and the index of its label
     tests: list[tuple[list[int], int]]  # the same
@@ -74,16 +74,11 @@ def make_case(tokenizer, data: Path, seed: int, n_tests: int = N_TESTS) -> Case:
     n = next(n for n in range(1, len(rows)) if len(tokens("".join(rows[: n + 1]), True)) > N_PREFIX)
     text = "".join(rows[:n])
     tests = [(text, intent) for intent in intents for text in test[intent]]
-    windows = [""]
-    for trace in rows[n : n + N_TRACES]:
-        if len(tokens(windows[-1] + trace)) > WINDOW:
-            windows.append("")
-        windows[-1] += trace
     return Case(
         seed,
         Prefix(tokens(text, True), text),
         half=tokens("".join(rows[: n // 2]), True),
-        traces=[tokens(w) for w in windows],
+        traces=[tokens(trace) for trace in rows[n : n + N_TRACES]],
         labels=[tokens(f" {intent}\n") for intent in intents],
         choice=[asked(*pair) for pair in pairs[n + N_TRACES :][:N_CHOICE]],
         tests=[asked(*pair) for pair in rng.sample(tests, len(tests))[:n_tests]],

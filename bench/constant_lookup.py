@@ -22,7 +22,7 @@ from attnmem_local.progress import Progress
 from prefixes import BUILD, CASES, FULL, f32_model
 from scoring import score
 
-ENTRIES = (0, 1024, 2048, 4096)
+ENTRIES = (0, 256, 1024, 4096)
 
 
 @click.command()

@@ -112,8 +112,7 @@ SYSTEMS: dict[str, Callable[[Case], dict]] = {
     FULL: lambda case: classify(case, 1.0, prefix=case.prefix.tokens),
     "half of the demonstrations": lambda case: classify(case, len(case.half) / len(case.prefix.tokens), prefix=case.half),
     "attnmem 1/4": partial(attnmem, share=1 / 4),
-    "attnmem 1": partial(attnmem, share=1.0),
-    **{f"centroids, {n} per head": partial(centroids, entries=n) for n in (512, 1024, 2048)},
+    "centroids, equal bytes": partial(centroids, entries=1300),  # with their search graphs
     "attention matching 1/4": partial(attention_matching, share=1 / 4),
     **{
         f"KV cache in {name}": lambda case, t=t, s=s: classify(

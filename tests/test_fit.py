@@ -9,7 +9,7 @@ import torch
 from attnmem_local import native
 from attnmem_local.budget import Curve, plan_for_bytes, split, uniform_plan
 from attnmem_local.build import build_memory, fit_memory
-from attnmem_local.capture import Live, Packed, PrefixKV, capture, prefill
+from attnmem_local.capture import Live, Packed, PrefixKV, capture, prefill, spread
 from attnmem_local.check import held_out_fidelity
 from attnmem_local.entries import token
 from attnmem_local.entries.anchor import anchor_state, exact_anchors, fit_anchors, fit_best_anchors, matching_pursuit, rms_attention, tune
@@ -69,6 +69,14 @@ def test_packed_windows_are_those_run_alone(tiny):
     for i, window in enumerate(windows):
         alone = Live(tiny.kv.state).run(tiny.model, torch.tensor([window]))[0]
         assert torch.allclose(logits[packed.window == i], alone, atol=1e-3)
+
+
+def test_short_traces_are_sampled_as_many_as_long_ones():
+    """By tokens: five windows of 384 tokens or a hundred and more of 15, from all over."""
+    long, short = [[i] * 384 for i in range(20)], [[i] * 15 for i in range(500)]
+    assert [w[0] for w in spread(long, 1920)] == [0, 4, 8, 12, 16]
+    assert 1800 < sum(map(len, spread(short, 1920))) < 2040 and spread(short, 1920)[-1][0] > 480
+    assert spread(long, 10) == long[:1] and spread(short[:3], 1920) == short[:3]
 
 
 def test_a_target_is_what_the_head_computes(tiny):
