@@ -68,7 +68,7 @@ patch_tree() {
         [ -e "$patch" ] || continue
         (cd build/fresh/vendor/llama.cpp && git apply --verbose "../../../../$patch") || die "$patch does not apply"
     done
-    cp native/* build/fresh/vendor/llama.cpp/src/
+    cp -r native/. build/fresh/vendor/llama.cpp/
     $py - build/fresh build/tree <<'PY'
 import filecmp, pathlib, shutil, sys
 fresh, tree = map(pathlib.Path, sys.argv[1:])
@@ -117,7 +117,7 @@ install_package() { # extras
 setup() { # extras
     [ -x $py ] || make_venv
     [ -f "build/$SDIST_NAME.tar.gz" ] || fetch_sdist
-    once patch "$(cat build.sh patches/* native/* | sha256)" patch_tree
+    once patch "$(find build.sh patches native -type f | sort | xargs cat | sha256)" patch_tree
     once runtime "$(cat build/stamps/patch) ${CMAKE_ARGS:-}" build_runtime
     [ -f "models/$MODEL_FILE" ] || fetch_model
     once "package$1" "$(sha256 pyproject.toml)" install_package "$1"

@@ -196,8 +196,12 @@ def _tensors(memory: Memory):
             for kind in KINDS:
                 if (entries := getattr(layer, kind.name)) is None:
                     continue
-                parts = {part: getattr(entries, part) for part in ("key", "bias", "value", "lse", "offset")}
-                parts |= vars(entries.graph) if entries.graph is not None else {}
+                parts = {part: getattr(entries, part) for part in ("key", "bias", "value", "lse")}
+                parts["head"] = np.zeros((2, len(entries.offset)), dtype=entries.offset.dtype)
+                parts["head"][0] = entries.offset
+                if (graph := entries.graph) is not None:
+                    parts["head"][1, :-1] = graph.entry
+                    parts |= {"link0": graph.link0, "link": graph.link, "upper": graph.upper}
                 for part, array in parts.items():
                     if array is not None:
                         yield f"seg.{s}.blk.{il}.{kind.name}.{part}", array
@@ -399,26 +403,27 @@ class _Parser:
             return None
         key = self.table(prefix + "key", None, spec.key_length)
         n = len(key)
+        offset, entry = self.tensor(prefix + "head", (np.int32,), (2, spec.head_count_kv + 1))
         entries = Entries(
             key=key,
             bias=self.tensor(prefix + "bias", (np.float32,), (n,)),
             value=self.table(prefix + "value", n, spec.value_length),
             lse=self.tensor(prefix + "lse", (np.float32,), (n,)) if kind.has_lse else None,
-            offset=self.tensor(prefix + "offset", (np.int32,), (spec.head_count_kv + 1,)),
+            offset=offset,
         )
-        _check_offsets(prefix + "offset", entries.offset, n)
+        _check_offsets(prefix + "head", offset, n)
         if kind.has_graph and prefix + "link0" in self.tensors:
-            entries.graph = self.graph(prefix, entries)
+            entries.graph = self.graph(prefix, entries, entry[:-1])
         return entries
 
-    def graph(self, prefix: str, entries: Entries) -> Graph:
+    def graph(self, prefix: str, entries: Entries, entry: np.ndarray) -> Graph:
         integer = (np.int32,)
         n = len(entries.key)
         graph = Graph(
             link0=self.tensor(prefix + "link0", integer, (n, None)),
             link=self.tensor(prefix + "link", integer, (None, None)),
             upper=self.tensor(prefix + "upper", integer, (n + 1,)),
-            entry=self.tensor(prefix + "entry", integer, (len(entries.offset) - 1,)),
+            entry=entry,
         )
         _check_offsets(prefix + "upper", graph.upper, min(max(int(graph.upper[-1]), 0), len(graph.link)))
         for h in range(len(graph.entry)):

@@ -163,7 +163,7 @@ INVALID = {
     "keys too short": lambda m: setattr(_centroid(m), "key", _centroid(m).key[:, :-1]),
     "too few biases": lambda m: setattr(_centroid(m), "bias", _centroid(m).bias[:-1]),
     "missing log-sum-exp": lambda m: setattr(_centroid(m), "lse", None),
-    "missing entry points": lambda m: setattr(_graph(m), "entry", None),
+    "missing links": lambda m: setattr(_graph(m), "link", None),
     "layer beyond the model": lambda m: m.layers[0].update({9: m.layers[0][0]}),
     "segments do not cover the prefix": lambda m: setattr(m, "segment_offset", [0, 1]),
     "no segments": lambda m: (setattr(m, "layers", []), setattr(m, "segment_offset", [len(m.prefix_tokens)])),

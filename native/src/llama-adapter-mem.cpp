@@ -301,7 +301,7 @@ struct mem_kind {
     bool has_graph;   // may have one
 
     size_t n_tensors(const llama_adapter_mem_entries & e) const {
-        return e.empty() ? 0 : 4 + has_lse + (e.graph.link0 ? 4 : 0);
+        return e.empty() ? 0 : 4 + has_lse + (e.link0 ? 3 : 0);
     }
 };
 
@@ -313,55 +313,51 @@ constexpr mem_kind MEM_KINDS[] = {
     { "anchor",   &llama_adapter_mem_segment::anchor,   false, false, false },
 };
 
-constexpr size_t MEM_MAX_KIND_TENSORS = 9; // of one kind in one segment of one layer
+constexpr size_t MEM_MAX_KIND_TENSORS = 8; // of one kind in one segment of one layer
 
-llama_adapter_mem_graph mem_load_graph(const mem_file & file, const std::string & prefix, const llama_adapter_mem_entries & entries) {
-    llama_adapter_mem_graph res;
-
+void mem_load_graph(const mem_file & file, const std::string & prefix, llama_adapter_mem_entries & entries) {
     const int64_t n         = entries.key->ne[1];
     const int64_t n_head_kv = entries.offset.size() - 1;
 
-    const ggml_tensor * link0 = file.tensor(prefix + "link0", {GGML_TYPE_I32}, -1, n);
-    const ggml_tensor * link  = file.tensor(prefix + "link",  {GGML_TYPE_I32}, -1, -1);
-    const ggml_tensor * upper = file.tensor(prefix + "upper", {GGML_TYPE_I32}, n + 1);
-    const ggml_tensor * entry = file.tensor(prefix + "entry", {GGML_TYPE_I32}, n_head_kv);
+    entries.link0 = file.tensor(prefix + "link0", {GGML_TYPE_I32}, -1, n);
+    entries.link  = file.tensor(prefix + "link",  {GGML_TYPE_I32}, -1, -1);
+    entries.upper = file.tensor(prefix + "upper", {GGML_TYPE_I32}, n + 1);
 
-    res.link0 = file.data_i32(link0);
-    res.link  = file.data_i32(link);
-    res.upper = file.data_i32(upper);
-    res.entry = file.data_i32(entry);
-    res.m0    = (int32_t) link0->ne[0];
-    res.m     = (int32_t) link->ne[0];
+    const int32_t * link0 = file.data_i32(entries.link0);
+    const int32_t * link  = file.data_i32(entries.link);
+    const int32_t * upper = file.data_i32(entries.upper);
+    const int32_t * entry = file.data_i32(entries.head) + n_head_kv + 1;
+
+    const int64_t m0 = entries.link0->ne[0];
+    const int64_t m  = entries.link->ne[0];
 
     // without upper levels there is still one row of link, unused, because a GGUF tensor cannot be empty
-    mem_check_offsets(upper->name, res.upper, n + 1, std::clamp<int64_t>(res.upper[n], 0, link->ne[1]));
+    mem_check_offsets(entries.upper->name, upper, n + 1, std::clamp<int64_t>(upper[n], 0, entries.link->ne[1]));
 
     for (int64_t h = 0; h < n_head_kv; h++) {
         const int32_t first = entries.offset[h];
         const int32_t n_h   = (int32_t) entries.n(h);
 
-        bool ok = n_h == 0 || (res.entry[h] >= 0 && res.entry[h] < n_h);
+        bool ok = n_h == 0 || (entry[h] >= 0 && entry[h] < n_h);
 
-        const int32_t * begin = res.link0 + (int64_t) first*res.m0;
-        for (int64_t i = 0; i < (int64_t) n_h*res.m0; i++) {
+        const int32_t * begin = link0 + (int64_t) first*m0;
+        for (int64_t i = 0; i < (int64_t) n_h*m0; i++) {
             ok &= begin[i] >= -1 && begin[i] < n_h;
         }
         // a link on level l must lead to an entry that has a level l, or the search would leave the table
         for (int32_t i = 0; ok && i < n_h; i++) {
-            for (int32_t row = res.upper[first + i]; row < res.upper[first + i + 1]; row++) {
-                const int32_t level = row - res.upper[first + i];
-                for (int32_t j = 0; j < res.m; j++) {
-                    const int32_t to = res.link[(int64_t) row*res.m + j];
-                    ok &= to == -1 || (to >= 0 && to < n_h && res.upper[first + to + 1] - res.upper[first + to] > level);
+            for (int32_t row = upper[first + i]; row < upper[first + i + 1]; row++) {
+                const int32_t level = row - upper[first + i];
+                for (int64_t j = 0; j < m; j++) {
+                    const int32_t to = link[(int64_t) row*m + j];
+                    ok &= to == -1 || (to >= 0 && to < n_h && upper[first + to + 1] - upper[first + to] > level);
                 }
             }
         }
         if (!ok) {
-            refuse(format("invalid: a link of the graph '%s' of head %" PRId64 " leaves its table", link0->name, h));
+            refuse(format("invalid: a link of the graph '%s' of head %" PRId64 " leaves its table", entries.link0->name, h));
         }
     }
-
-    return res;
 }
 
 llama_adapter_mem_entries mem_load_entries(const mem_file & file, const std::string & prefix, const mem_kind & kind, const llama_hparams & hparams, int il) {
@@ -384,12 +380,12 @@ llama_adapter_mem_entries mem_load_entries(const mem_file & file, const std::str
         mem_check_finite(file, res.lse, kind.allow_empty);
     }
 
-    const ggml_tensor * offset = file.tensor(prefix + "offset", {GGML_TYPE_I32}, n_head_kv + 1);
-    mem_check_offsets(offset->name, file.data_i32(offset), n_head_kv + 1, n);
-    res.offset.assign(file.data_i32(offset), file.data_i32(offset) + n_head_kv + 1);
+    res.head = file.tensor(prefix + "head", {GGML_TYPE_I32}, n_head_kv + 1, 2);
+    mem_check_offsets(res.head->name, file.data_i32(res.head), n_head_kv + 1, n);
+    res.offset.assign(file.data_i32(res.head), file.data_i32(res.head) + n_head_kv + 1);
 
     if (kind.has_graph && file.tensor(prefix + "link0")) {
-        res.graph = mem_load_graph(file, prefix, res);
+        mem_load_graph(file, prefix, res);
     }
 
     return res;
@@ -494,7 +490,7 @@ void llama_adapter_mem::load(const char * path) {
         for (auto & segment : layers[il].segments) {
             for (const auto & kind : MEM_KINDS) {
                 auto & entries = segment.*kind.entries;
-                for (auto ** t : { &entries.key, &entries.bias, &entries.value, &entries.lse }) {
+                for (auto ** t : { &entries.key, &entries.bias, &entries.value, &entries.lse, &entries.head, &entries.link0, &entries.link, &entries.upper }) {
                     if (*t) {
                         ggml_tensor * copy = ggml_dup_tensor(ctx_for_buft(buft), *t);
                         ggml_set_name(copy, (*t)->name);

@@ -10,14 +10,11 @@
 #include <cmath>
 #include <stdexcept>
 
-// up to this many tokens a batch is searched query by query, above it the matrix product of the stock path is faster
-static constexpr int64_t MEM_OP_MAX_TOKENS = 16;
-
 static constexpr float    MEM_MAX_GAIN  = 1e4f;
 static constexpr uint64_t MEM_MAX_NODES = 1 << 20;
 
 // tables below this size are scanned faster than their HNSW graph is walked
-static constexpr int64_t MEM_HNSW_MIN_ENTRIES = 1024;
+static constexpr int32_t MEM_HNSW_MIN_ENTRIES = 1024;
 
 llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup)
     : lookup(lookup) {
@@ -32,7 +29,6 @@ llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapter
         adapters[i]->n_attached++;
         n_layer = std::max(n_layer, adapters[i]->layers.size());
     }
-    params.resize(n_layer);
     layers_reached.resize(n_layer);
 }
 
@@ -49,14 +45,6 @@ bool llama_adapter_mems::has_layer(int il) const {
         }
     }
     return false;
-}
-
-int64_t llama_adapter_mems::hnsw_min_entries(llama_mem_lookup lookup) {
-    switch (lookup) {
-        case LLAMA_MEM_LOOKUP_HNSW: return 0;
-        case LLAMA_MEM_LOOKUP_SCAN: return INT64_MAX;
-        default:                    return MEM_HNSW_MIN_ENTRIES;
-    }
 }
 
 bool llama_adapter_mems::same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const {
@@ -119,6 +107,28 @@ void llama_adapter_mems::check_layers_reached() const {
     }
 }
 
+bool llama_adapter_mems::use_op(float kq_scale, int il) {
+    bool is_host = true;
+    for (const auto & item : items) {
+        const auto & mem = *item.adapter;
+        if (std::fabs(mem.kq_scale - kq_scale) > 1e-5f*std::fabs(kq_scale)) {
+            throw std::runtime_error(format("unsupported: layer %d scales attention by %g, the memory was built with %g", il, kq_scale, mem.kq_scale));
+        }
+        is_host = is_host && mem.layers[il].is_host;
+    }
+    if (!is_host && (lookup == LLAMA_MEM_LOOKUP_SCAN || lookup == LLAMA_MEM_LOOKUP_HNSW)) {
+        throw std::runtime_error(format("unsupported: layer %d is not on the CPU, which this lookup needs", il));
+    }
+
+    layers_reached[il] = true;
+
+    return is_host && lookup != LLAMA_MEM_LOOKUP_STOCK;
+}
+
+ggml_tensor * llama_adapter_mems::build_state(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) {
+    return use_op(kq_scale, il) && q->ne[3] == 1 ? build_state_op(ctx, q, kq_scale, il) : nullptr;
+}
+
 ggml_tensor * llama_adapter_mems::build_attn(
         ggml_context * ctx,
          ggml_tensor * q,
@@ -131,39 +141,54 @@ ggml_tensor * llama_adapter_mems::build_attn(
         throw std::runtime_error("unsupported: several KV streams");
     }
     if (ggml_is_quantized(k->type) || ggml_is_quantized(v_t->type)) {
-        throw std::runtime_error(format("unsupported: a quantized KV cache (%s, %s); use f16, bf16 or f32",
+        throw std::runtime_error(format("unsupported: a quantized KV cache (%s, %s) without flash attention; use f16, bf16 or f32",
             ggml_type_name(k->type), ggml_type_name(v_t->type)));
     }
-
-    bool is_host = true;
-    for (const auto & item : items) {
-        const auto & mem = *item.adapter;
-        if (std::fabs(mem.kq_scale - kq_scale) > 1e-5f*std::fabs(kq_scale)) {
-            throw std::runtime_error(format("unsupported: layer %d scales attention by %g, the memory was built with %g", il, kq_scale, mem.kq_scale));
-        }
-        is_host = is_host && mem.layers[il].is_host;
-    }
-
-    layers_reached[il] = true;
 
     if (kq_mask->type != GGML_TYPE_F32) {
         kq_mask = ggml_cast(ctx, kq_mask, GGML_TYPE_F32);
     }
 
-    bool use_op = is_host;
-    switch (lookup) {
-        case LLAMA_MEM_LOOKUP_AUTO:  use_op = use_op && q->ne[1] <= MEM_OP_MAX_TOKENS; break;
-        case LLAMA_MEM_LOOKUP_STOCK: use_op = false; break;
-        case LLAMA_MEM_LOOKUP_SCAN:
-        case LLAMA_MEM_LOOKUP_HNSW:
-            if (!is_host) {
-                throw std::runtime_error(format("unsupported: layer %d is not on the CPU, which this lookup needs", il));
+    return use_op(kq_scale, il) ? build_attn_op   (ctx, q, k, v_t, kq_mask, kq_scale, il)
+                                : build_attn_stock(ctx, q, k, v_t, kq_mask, kq_scale, il);
+}
+
+ggml_tensor * llama_adapter_mems::build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const {
+    auto add = [&](ggml_tensor * state, ggml_mem_kind kind, const llama_adapter_mem_entries & e, float gain, int64_t top_k = 0) {
+        if (e.n_all() == 0) {
+            return state;
+        }
+        const int32_t hnsw_min_entries = lookup == LLAMA_MEM_LOOKUP_HNSW ? 0 : MEM_HNSW_MIN_ENTRIES;
+        const bool    use_graph        = e.link0 && lookup != LLAMA_MEM_LOOKUP_SCAN;
+
+        const ggml_mem_table table = {
+            kind, e.key, e.bias, e.value, e.lse, e.head,
+            use_graph ? e.link0 : nullptr, use_graph ? e.link : nullptr, use_graph ? e.upper : nullptr,
+            (int32_t) top_k, hnsw_min_entries,
+        };
+        return ggml_mem_state(ctx, q, state, &table, kq_scale, gain);
+    };
+
+    ggml_tensor * res = nullptr;
+
+    for (const auto & item : items) {
+        for (const auto & segment : item.adapter->layers[il].segments) {
+            res = add(res, GGML_MEM_CENTROID, segment.centroid, item.gain);
+            res = add(res, GGML_MEM_TANGENT,  segment.tangent,  item.gain);
+            res = add(res, GGML_MEM_TOKEN,    segment.token,    item.gain, item.adapter->token_top_k);
+
+            if (segment.residual.n_all() > 0) {
+                // corrects the state of the anchors, which is therefore needed by itself
+                ggml_tensor * own = add(nullptr, GGML_MEM_ANCHOR, segment.anchor, 0.0f);
+                own = add(own, GGML_MEM_RESIDUAL, segment.residual, item.gain);
+                res = res ? ggml_mem_state_merge(ctx, res, own) : own;
+            } else {
+                res = add(res, GGML_MEM_ANCHOR, segment.anchor, item.gain);
             }
-            break;
+        }
     }
 
-    return use_op ? build_attn_op   (ctx, q, k, v_t, kq_mask, kq_scale, il)
-                  : build_attn_stock(ctx, q, k, v_t, kq_mask, kq_scale, il);
+    return res;
 }
 
 // live logits [n_kv, n_tokens, n_head of q], scaled and masked
@@ -364,7 +389,7 @@ ggml_tensor * llama_adapter_mems::build_attn_stock(
     return res;
 }
 
-// the CPU op gives the state of all memories, which joins the softmax as one more column
+// the state of all memories joins the softmax as one more column
 ggml_tensor * llama_adapter_mems::build_attn_op(
         ggml_context * ctx,
          ggml_tensor * q,
@@ -372,16 +397,13 @@ ggml_tensor * llama_adapter_mems::build_attn_op(
          ggml_tensor * v_t,
          ggml_tensor * kq_mask,
                float   kq_scale,
-                 int   il) {
+                 int   il) const {
     const int64_t n_tokens = q->ne[1];
     const int64_t n_head   = q->ne[2];
     const int64_t n_kv     = k->ne[1];
     const int64_t n_embd_v = v_t->ne[1];
 
-    params[il] = { this, il, kq_scale, hnsw_min_entries(lookup) };
-
-    ggml_tensor * state = ggml_custom_4d(ctx, GGML_TYPE_F32, n_embd_v + 1, n_head, n_tokens, 1, &q, 1,
-        llama_adapter_mem_op_state, GGML_N_TASKS_MAX, &params[il]);
+    ggml_tensor * state = build_state_op(ctx, q, kq_scale, il);
 
     ggml_tensor * o   = ggml_view_3d(ctx, state, n_embd_v, n_tokens, n_head, state->nb[2], state->nb[1], 0);
     ggml_tensor * lse = ggml_view_3d(ctx, state, 1,        n_tokens, n_head, state->nb[2], state->nb[1], n_embd_v*state->nb[0]);

@@ -21,27 +21,20 @@ struct llama_cparams;
 // File format: docs/memory-format.md
 //
 
-// a HNSW graph over the entries of one kind in one segment of one layer, used in place; all ids are local to their head
-struct llama_adapter_mem_graph {
-    const int32_t * link0 = nullptr; // [n][m0]     neighbours on level 0, -1 fills the rest
-    const int32_t * link  = nullptr; // [n_upper][m] neighbours on the levels above
-    const int32_t * upper = nullptr; // [n + 1]     entry i has the rows upper[i] .. upper[i + 1] - 1 of link, level 1 first
-    const int32_t * entry = nullptr; // [n_head_kv] where the search of a head begins
-
-    int32_t m0 = 0;
-    int32_t m  = 0;
-};
-
 // the entries of one kind in one segment of one layer; the KV heads lie one after another
 struct llama_adapter_mem_entries {
     ggml_tensor * key   = nullptr; // [n_embd_head_k, n]
     ggml_tensor * bias  = nullptr; // [n]
     ggml_tensor * value = nullptr; // [n_embd_head_v, n]
     ggml_tensor * lse   = nullptr; // [n], centroids and residuals only
+    ggml_tensor * head  = nullptr; // [n_head_kv + 1, 2] first entry of each head, and where a search of its graph begins
+
+    // optional HNSW graph, all ids are local to their head
+    ggml_tensor * link0 = nullptr; // [m0, n]     neighbours on level 0, -1 fills the rest
+    ggml_tensor * link  = nullptr; // [m, n_upper] neighbours on the levels above
+    ggml_tensor * upper = nullptr; // [n + 1]     entry i has the rows upper[i] .. upper[i + 1] - 1 of link, level 1 first
 
     std::vector<int32_t> offset;   // [n_head_kv + 1], head h owns the entries offset[h] .. offset[h + 1] - 1
-
-    llama_adapter_mem_graph graph; // optional
 
     bool empty() const { return offset.empty(); }
 
@@ -104,17 +97,8 @@ struct llama_adapter_mems {
         float gain; // added to the log-sum-exp
     };
 
-    // what the CPU op of one layer needs; lives as long as the graphs that point to it
-    struct op_params {
-        const llama_adapter_mems * mems;
-        int   il;
-        float kq_scale;
-        int64_t hnsw_min_entries; // smaller tables are scanned
-    };
-
     std::vector<item>      items;
     llama_mem_lookup       lookup = LLAMA_MEM_LOOKUP_AUTO;
-    std::vector<op_params> params;         // per layer
     std::vector<bool>      layers_reached; // layers whose attention was built with their memory
 
     llama_adapter_mems() = default;
@@ -128,8 +112,6 @@ struct llama_adapter_mems {
 
     bool has_layer(int il) const;
 
-    static int64_t hnsw_min_entries(llama_mem_lookup lookup);
-
     bool same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const;
 
     // throws std::runtime_error if these memories cannot be used with this model and these context parameters
@@ -137,6 +119,11 @@ struct llama_adapter_mems {
 
     // throws std::runtime_error if the graph of this architecture did not ask for the memory of some layer
     void check_layers_reached() const;
+
+    // the state of all memories of the layer, for flash attention to merge with [n_embd_head_v + 1, n_head, n_tokens]
+    //   q [n_embd_head_k, n_tokens, n_head]
+    // nullptr where it has to be build_attn; throws std::runtime_error for what is not supported
+    ggml_tensor * build_state(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il);
 
     // attention over the live tokens and the memories of the layer
     //   q       [n_embd_head_k, n_tokens, n_head]
@@ -148,15 +135,17 @@ struct llama_adapter_mems {
     ggml_tensor * build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
                              ggml_tensor * kq_mask, float kq_scale, int il);
 
+    // the state by the op for the CPU; no checks
+    ggml_tensor * build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const;
+
 private:
+    // whether the layer takes the op, or stock ops; throws std::runtime_error for what is not supported
+    bool use_op(float kq_scale, int il);
+
     ggml_tensor * build_attn_stock(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
                                    ggml_tensor * kq_mask, float kq_scale, int il) const;
     ggml_tensor * build_attn_op   (ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
-                                   ggml_tensor * kq_mask, float kq_scale, int il);
+                                   ggml_tensor * kq_mask, float kq_scale, int il) const;
 };
 
 using llama_adapter_mems_ptr = std::unique_ptr<llama_adapter_mems>;
-
-// the state of all memories of a layer for n_tokens queries, as a ggml custom op
-//   src[0] q [n_embd_head_k, n_tokens, n_head], dst [n_embd_head_v + 1, n_head, n_tokens] = (o, lse)
-void llama_adapter_mem_op_state(ggml_tensor * dst, int ith, int nth, void * userdata);

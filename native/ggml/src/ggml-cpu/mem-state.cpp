@@ -1,0 +1,672 @@
+// GGML_OP_MEM_STATE on the CPU: attention over the anchors of a memory, and lookups by exact scan or HNSW
+//
+// The query heads of a KV head share its table: a tile of rows is converted to F32 once and meets all of their queries.
+
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+
+#include "mem-state.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
+#include "simd-mappings.h"
+#include "simd-gemm.h"
+#include "ops.h"
+#include "vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int64_t MEM_TILE_ROWS    = 64;
+constexpr int64_t MEM_TILE_QUERIES = 64;
+
+// with fewer queries than this, a dot product per row and query beats a matrix product with the transposed rows
+constexpr int64_t MEM_GEMM_MIN_QUERIES = 8;
+
+// up to this many tokens the rows of a table are split over the threads, above it the queries
+constexpr int64_t MEM_SPLIT_MAX_TOKENS = 4;
+
+// number of candidates that the HNSW search keeps on level 0; recall@1 is measured in tests/test_lookup.py
+constexpr size_t MEM_HNSW_EF = 16;
+
+// for tokens: keys are harder to find than centroids, because queries are not distributed like them
+constexpr size_t MEM_HNSW_EF_TOKEN = 64;
+
+struct mem_args {
+    ggml_mem_kind kind;
+
+    const ggml_tensor * q;      // [n_embd_k, n_tokens, n_head]
+    const ggml_tensor * state;  // what to merge with, or nullptr
+    const ggml_tensor * key;    // [n_embd_k, n]
+    const ggml_tensor * bias;   // [n]
+    const ggml_tensor * value;  // [n_embd_v, n]
+    const ggml_tensor * lse;    // [n], centroids and residuals
+
+    const int32_t * offset;     // [n_head_kv + 1]
+    const int32_t * entry;      // [n_head_kv], where the search of a head begins
+    const int32_t * link0;      // nullptr: there is no graph
+    const int32_t * link;
+    const int32_t * upper;
+
+    int64_t n_embd_k, n_embd_v, n_tokens, n_head, n_head_kv, n_gqa;
+    int64_t m0, m;
+
+    float   scale;
+    float   gain;
+    int64_t top_k;
+    int64_t hnsw_min_entries;   // smaller tables are scanned
+
+    explicit mem_args(const ggml_tensor * dst) {
+        q     = dst->src[0];
+        state = dst->src[1];
+        key   = dst->src[2];
+        bias  = dst->src[3];
+        value = dst->src[4];
+        lse   = dst->src[5];
+
+        n_embd_k  = key->ne[0];
+        n_embd_v  = value->ne[0];
+        n_tokens  = q->ne[1];
+        n_head    = q->ne[2];
+        n_head_kv = dst->src[6]->ne[0] - 1;
+        n_gqa     = n_head/n_head_kv;
+
+        offset = (const int32_t *) dst->src[6]->data;
+        entry  = (const int32_t *) ((const char *) dst->src[6]->data + dst->src[6]->nb[1]);
+
+        link0 = link = upper = nullptr;
+        m0 = m = 0;
+        if (dst->src[7]) {
+            link0 = (const int32_t *) dst->src[7]->data;
+            link  = (const int32_t *) dst->src[8]->data;
+            upper = (const int32_t *) dst->src[9]->data;
+            m0    = dst->src[7]->ne[0];
+            m     = dst->src[8]->ne[0];
+        }
+
+        kind             = (ggml_mem_kind) ggml_get_op_params_i32(dst, 0);
+        scale            = ggml_get_op_params_f32(dst, 1);
+        gain             = ggml_get_op_params_f32(dst, 2);
+        top_k            = ggml_get_op_params_i32(dst, 3);
+        hnsw_min_entries = ggml_get_op_params_i32(dst, 4);
+    }
+
+    int64_t n(int64_t h) const { return offset[h + 1] - offset[h]; }
+
+    bool use_hnsw(int64_t h) const { return link0 && n(h) >= hnsw_min_entries; }
+
+    // the queries of a KV head are numbered head by head
+    const float * query(int64_t h, int64_t j) const {
+        return (const float *) ((const char *) q->data + (h*n_gqa + j/n_tokens)*q->nb[2] + (j%n_tokens)*q->nb[1]);
+    }
+
+    float * result(ggml_tensor * dst, int64_t h, int64_t j) const {
+        return (float *) ((char *) dst->data + (h*n_gqa + j/n_tokens)*dst->nb[1] + (j%n_tokens)*dst->nb[2]);
+    }
+};
+
+void mem_to_f32(const ggml_tensor * table, int64_t i, float * y) {
+    const char  * row = (const char *) table->data + i*table->nb[1];
+    const int64_t n   = table->ne[0];
+
+    switch (table->type) {
+        case GGML_TYPE_F32: memcpy(y, row, n*sizeof(float)); break;
+        case GGML_TYPE_F16: ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row, y, n); break;
+        case GGML_TYPE_Q8_0:
+            {
+                const block_q8_0 * x = (const block_q8_0 *) row;
+                for (int64_t b = 0; b < n/QK8_0; b++) {
+                    const float d = GGML_CPU_FP16_TO_FP32(x[b].d);
+                    for (int j = 0; j < QK8_0; j++) {
+                        y[b*QK8_0 + j] = d*x[b].qs[j];
+                    }
+                }
+            } break;
+        default: ggml_get_type_traits(table->type)->to_float(row, y, n);
+    }
+}
+
+// states under construction: sum_i exp(s_i - max) v_i and sum_i exp(s_i - max)
+struct mem_acc {
+    float * max; // [n_q]
+    float * sum; // [n_q]
+    float * o;   // [n_q][n_embd_v]
+    int64_t n_embd_v;
+
+    void clear(int64_t n_q) const {
+        for (int64_t j = 0; j < n_q; j++) {
+            clear_one(j);
+        }
+    }
+
+    void clear_one(int64_t j) const {
+        max[j] = -INFINITY;
+        sum[j] = 0.0f;
+        std::fill(o + j*n_embd_v, o + (j + 1)*n_embd_v, 0.0f);
+    }
+
+    // room for terms of up to s: returns the maximum that they are relative to
+    float raise(int64_t j, float s) const {
+        if (s > max[j]) {
+            const float c = expf(max[j] - s);
+            ggml_vec_scale_f32(n_embd_v, o + j*n_embd_v, c);
+            sum[j] *= c;
+            max[j]  = s;
+        }
+        return max[j];
+    }
+
+    // terms with the sum `weight` and the weighted values v, relative to s
+    void add(int64_t j, float s, float weight, const float * v) const {
+        if (s == -INFINITY || weight == 0.0f) {
+            return;
+        }
+        const float c = expf(s - raise(j, s));
+        ggml_vec_mad_f32(n_embd_v, o + j*n_embd_v, v, c);
+        sum[j] += c*weight;
+    }
+
+    // (o, lse) merged with the state `in`, which may be nullptr; an empty state is (0, -inf)
+    void finish(int64_t j, float gain, const float * in, float * out) const {
+        max[j] += gain;
+        if (max[j] == -INFINITY) {
+            clear_one(j);
+        }
+        if (in) {
+            add(j, in[n_embd_v], 1.0f, in);
+        }
+        const float inv = sum[j] > 0.0f ? 1.0f/sum[j] : 0.0f;
+        for (int64_t i = 0; i < n_embd_v; i++) {
+            out[i] = o[j*n_embd_v + i]*inv;
+        }
+        out[n_embd_v] = sum[j] > 0.0f ? max[j] + logf(sum[j]) : -INFINITY;
+    }
+};
+
+// what one thread works with
+struct mem_work {
+    float * q;     // [MEM_TILE_QUERIES][n_embd_k]
+    float * k;     // [MEM_TILE_ROWS][n_embd_k]
+    float * k_t;   // [n_embd_k][MEM_TILE_ROWS]
+    float * v;     // [MEM_TILE_ROWS][n_embd_v]
+    float * s;     // [MEM_TILE_QUERIES][MEM_TILE_ROWS]
+    mem_acc acc;   // [MEM_TILE_QUERIES]
+
+    static size_t size(int64_t n_embd_k, int64_t n_embd_v) {
+        return MEM_TILE_QUERIES*(n_embd_k + MEM_TILE_ROWS + n_embd_v + 2) + MEM_TILE_ROWS*(2*n_embd_k + n_embd_v) + CACHE_LINE_SIZE/sizeof(float);
+    }
+
+    mem_work(const mem_args & a, float * data) {
+        auto take = [&](int64_t n) {
+            float * res = data;
+            data += n;
+            return res;
+        };
+        q   = take(MEM_TILE_QUERIES*a.n_embd_k);
+        k   = take(MEM_TILE_ROWS*a.n_embd_k);
+        k_t = take(MEM_TILE_ROWS*a.n_embd_k);
+        v   = take(MEM_TILE_ROWS*a.n_embd_v);
+        s   = take(MEM_TILE_QUERIES*MEM_TILE_ROWS);
+        acc = { take(MEM_TILE_QUERIES), take(MEM_TILE_QUERIES), take(MEM_TILE_QUERIES*a.n_embd_v), a.n_embd_v };
+    }
+
+    // queries j0 .. j0 + n_q - 1 of a KV head
+    void load(const mem_args & a, int64_t h, int64_t j0, int64_t n_q) const {
+        for (int64_t j = 0; j < n_q; j++) {
+            memcpy(q + j*a.n_embd_k, a.query(h, j0 + j), a.n_embd_k*sizeof(float));
+        }
+    }
+
+    // scale*key*q + bias of n rows from i0 on, for n_q loaded queries, to s
+    void score(const mem_args & a, int64_t i0, int64_t n, int64_t n_q, float scale) const {
+        const int64_t d = a.n_embd_k;
+        for (int64_t i = 0; i < n; i++) {
+            mem_to_f32(a.key, i0 + i, k + i*d);
+        }
+
+        if (n_q < MEM_GEMM_MIN_QUERIES) {
+            for (int64_t i = 0; i < n; i++) {
+                for (int64_t j = 0; j < n_q; j++) {
+                    ggml_vec_dot_f32(d, s + j*MEM_TILE_ROWS + i, 0, k + i*d, 0, q + j*d, 0, 1);
+                }
+            }
+        } else {
+            if (n < MEM_TILE_ROWS) {
+                memset(k_t, 0, d*MEM_TILE_ROWS*sizeof(float));
+            }
+            for (int64_t i = 0; i < n; i++) {
+                for (int64_t c = 0; c < d; c++) {
+                    k_t[c*MEM_TILE_ROWS + i] = k[i*d + c];
+                }
+            }
+            memset(s, 0, n_q*MEM_TILE_ROWS*sizeof(float));
+            simd_gemm(s, q, k_t, n_q, d, MEM_TILE_ROWS);
+        }
+
+        const float * bias = (const float *) a.bias->data + i0;
+        for (int64_t j = 0; j < n_q; j++) {
+            for (int64_t i = 0; i < n; i++) {
+                s[j*MEM_TILE_ROWS + i] = s[j*MEM_TILE_ROWS + i]*scale + bias[i];
+            }
+        }
+    }
+
+    // attention of n_q loaded queries over the rows i0 .. i1 - 1
+    void attend(const mem_args & a, int64_t i0, int64_t i1, int64_t n_q) const {
+        const int64_t d = a.n_embd_v;
+        for (; i0 < i1; i0 += MEM_TILE_ROWS) {
+            const int64_t n = std::min(MEM_TILE_ROWS, i1 - i0);
+
+            score(a, i0, n, n_q, a.scale);
+
+            for (int64_t j = 0; j < n_q; j++) {
+                float * row = s + j*MEM_TILE_ROWS;
+                float max;
+                ggml_vec_max_f32(n, &max, row);
+                acc.sum[j] += ggml_vec_soft_max_f32(n, row, row, acc.raise(j, max));
+                std::fill(row + n, row + MEM_TILE_ROWS, 0.0f);
+            }
+
+            for (int64_t i = 0; i < n; i++) {
+                mem_to_f32(a.value, i0 + i, v + i*d);
+            }
+            memset(v + n*d, 0, (MEM_TILE_ROWS - n)*d*sizeof(float));
+            simd_gemm(acc.o, s, v, n_q, MEM_TILE_ROWS, d);
+        }
+    }
+};
+
+//
+// lookup
+//
+
+using mem_candidate = std::pair<float, int32_t>; // score, entry of the head
+
+// rows of a table, scored against one query
+struct mem_rows {
+    const char  * key;
+    const float * bias;
+    size_t        row_size;
+    int64_t       n_embd;
+    float         scale;
+    ggml_vec_dot_t vec_dot;
+    const void  * q;      // converted to the type that vec_dot wants
+    const void  * q_rest; // what the conversion to Q8_0 left of q, converted again
+
+    float score(int64_t i) const {
+        float s;
+        vec_dot((int) n_embd, &s, 0, key + i*row_size, 0, q, 0, 1);
+        if (q_rest) {
+            float s_rest;
+            vec_dot((int) n_embd, &s_rest, 0, key + i*row_size, 0, q_rest, 0, 1);
+            s += s_rest;
+        }
+        return s*scale + bias[i];
+    }
+
+    void prefetch(int64_t i) const {
+#if defined(__GNUC__)
+        for (size_t offs = 0; offs < row_size; offs += CACHE_LINE_SIZE) {
+            __builtin_prefetch(key + i*row_size + offs);
+        }
+#else
+        GGML_UNUSED(i);
+#endif
+    }
+};
+
+struct mem_search {
+    std::vector<mem_candidate> open;  // HNSW: to be expanded, a max-heap
+    std::vector<mem_candidate> found; // the best so far, a min-heap
+    std::vector<int32_t>       next;  // HNSW: neighbours not visited yet
+
+    std::vector<uint8_t>  q;          // one query row in the type of the dot product
+    std::vector<uint8_t>  q_rest;
+    std::vector<float>    rest;
+    std::vector<uint32_t> visited;    // per entry, equal to epoch when visited in this search
+    uint32_t              epoch = 0;
+
+    mem_rows rows(const mem_args & a, int64_t h, const float * x, float scale) {
+        const auto * traits = ggml_get_type_traits_cpu(a.key->type);
+
+        mem_rows res;
+        res.key      = (const char *) a.key->data + a.offset[h]*a.key->nb[1];
+        res.bias     = (const float *) a.bias->data + a.offset[h];
+        res.row_size = a.key->nb[1];
+        res.n_embd   = a.n_embd_k;
+        res.scale    = scale;
+        res.vec_dot  = traits->vec_dot;
+        res.q        = x;
+        res.q_rest   = nullptr;
+
+        const ggml_type type = traits->vec_dot_type;
+
+        auto convert = [&](const float * y, std::vector<uint8_t> & buf) {
+            buf.resize(ggml_row_size(type, a.n_embd_k));
+            ggml_get_type_traits_cpu(type)->from_float(y, buf.data(), a.n_embd_k);
+            return buf.data();
+        };
+
+        if (type != GGML_TYPE_F32) {
+            res.q = convert(x, q);
+        }
+        // one Q8_0 row would round q too coarsely, the sum of two keeps more of it than F16 does
+        if (type == GGML_TYPE_Q8_0) {
+            rest.resize(a.n_embd_k);
+            ggml_get_type_traits(type)->to_float(q.data(), rest.data(), a.n_embd_k);
+            for (int64_t i = 0; i < a.n_embd_k; i++) {
+                rest[i] = x[i] - rest[i];
+            }
+            res.q_rest = convert(rest.data(), q_rest);
+        }
+
+        return res;
+    }
+
+    void keep(float s, int32_t i, size_t k) {
+        if (found.size() < k || s > found.front().first) {
+            if (found.size() == k) {
+                std::pop_heap(found.begin(), found.end(), std::greater<mem_candidate>());
+                found.pop_back();
+            }
+            found.push_back({s, i});
+            std::push_heap(found.begin(), found.end(), std::greater<mem_candidate>());
+        }
+    }
+
+    // the k best entries, unordered
+    void scan(const mem_rows & rows, int64_t n, size_t k) {
+        found.clear();
+        for (int64_t i = 0; i < n; i++) {
+            keep(rows.score(i), (int32_t) i, k);
+        }
+    }
+
+    // Malkov, Yashunin: Efficient and robust approximate nearest neighbor search using HNSW graphs, algorithms 2 and 5
+    // about the ef best entries, unordered
+    void hnsw(const mem_args & a, const mem_rows & rows, int64_t h, size_t ef) {
+        const int64_t n = a.n(h);
+
+        const int32_t * link0 = a.link0 + a.offset[h]*a.m0;
+        const int32_t * upper = a.upper + a.offset[h];
+
+        int32_t cur   = a.entry[h];
+        float   cur_s = rows.score(cur);
+
+        // greedy descent to level 1
+        for (int32_t level = upper[cur + 1] - upper[cur]; level > 0; level--) {
+            for (bool moved = true; moved; ) {
+                moved = false;
+                const int32_t * links = a.link + (int64_t) (upper[cur] + level - 1)*a.m;
+                for (int32_t j = 0; j < a.m && links[j] >= 0; j++) {
+                    const float s = rows.score(links[j]);
+                    if (s > cur_s) {
+                        cur   = links[j];
+                        cur_s = s;
+                        moved = true;
+                    }
+                }
+            }
+        }
+
+        if ((int64_t) visited.size() < n) {
+            visited.assign(n, 0);
+            epoch = 0;
+        }
+        if (++epoch == 0) {
+            std::fill(visited.begin(), visited.end(), 0);
+            epoch = 1;
+        }
+
+        // best-first search on level 0
+        open .assign(1, {cur_s, cur});
+        found.assign(1, {cur_s, cur});
+        visited[cur] = epoch;
+
+        while (!open.empty()) {
+            const mem_candidate c = open.front();
+            if (c.first < found.front().first && found.size() >= ef) {
+                break;
+            }
+            std::pop_heap(open.begin(), open.end());
+            open.pop_back();
+
+            // all rows are asked for before the first is scored, so that they arrive while others are
+            next.clear();
+            const int32_t * links = link0 + (int64_t) c.second*a.m0;
+            for (int32_t j = 0; j < a.m0 && links[j] >= 0; j++) {
+                if (visited[links[j]] != epoch) {
+                    visited[links[j]] = epoch;
+                    rows.prefetch(links[j]);
+                    next.push_back(links[j]);
+                }
+            }
+
+            for (const int32_t i : next) {
+                const float s = rows.score(i);
+                if (found.size() < ef || s > found.front().first) {
+                    open.push_back({s, i});
+                    std::push_heap(open.begin(), open.end());
+                    keep(s, i, ef);
+                }
+            }
+        }
+    }
+
+    // the entry with the largest key*q + bias
+    mem_candidate best(const mem_args & a, int64_t h, const float * x) {
+        const mem_rows r = rows(a, h, x, 1.0f);
+        if (a.use_hnsw(h)) {
+            hnsw(a, r, h, MEM_HNSW_EF);
+        } else {
+            scan(r, a.n(h), 1);
+        }
+        return *std::max_element(found.begin(), found.end());
+    }
+
+    // the top_k entries with the largest scale*key*q + bias, unordered, to found
+    void top(const mem_args & a, int64_t h, const float * x) {
+        const mem_rows r = rows(a, h, x, a.scale);
+        const size_t k = a.top_k;
+        if (a.n(h) > a.top_k && a.use_hnsw(h)) {
+            hnsw(a, r, h, std::max(MEM_HNSW_EF_TOKEN, 2*k));
+            while (found.size() > k) {
+                std::pop_heap(found.begin(), found.end(), std::greater<mem_candidate>());
+                found.pop_back();
+            }
+        } else {
+            scan(r, a.n(h), k);
+        }
+    }
+};
+
+const float * mem_state_in(const mem_args & a, int64_t h, int64_t j) {
+    if (!a.state) {
+        return nullptr;
+    }
+    return (const float *) ((const char *) a.state->data + (h*a.n_gqa + j/a.n_tokens)*a.state->nb[1] + (j%a.n_tokens)*a.state->nb[2]);
+}
+
+// one query
+void mem_lookup(const mem_args & a, int64_t h, int64_t j, const mem_work & work, mem_search & search, float * out) {
+    const float * in  = mem_state_in(a, h, j);
+    const float * x   = a.query(h, j);
+    const float * lse = a.lse ? (const float *) a.lse->data + a.offset[h] : nullptr;
+
+    auto value = [&](int64_t i) {
+        mem_to_f32(a.value, a.offset[h] + i, work.v);
+        return work.v;
+    };
+
+    if (a.kind == GGML_MEM_RESIDUAL) {
+        memcpy(out, in, (a.n_embd_v + 1)*sizeof(float));
+        out[a.n_embd_v] += a.gain;
+        if (a.n(h) > 0) {
+            const int32_t i = search.best(a, h, x).second;
+            ggml_vec_add_f32(a.n_embd_v, out, out, value(i));
+            out[a.n_embd_v] += lse[i];
+        }
+        return;
+    }
+
+    work.acc.clear(1);
+
+    if (a.n(h) > 0) {
+        switch (a.kind) {
+            case GGML_MEM_CENTROID:
+                {
+                    const int32_t i = search.best(a, h, x).second;
+                    work.acc.add(0, lse[i], 1.0f, value(i));
+                } break;
+            case GGML_MEM_TANGENT:
+                {
+                    const auto [s, i] = search.best(a, h, x);
+                    work.acc.add(0, s, 1.0f, value(i));
+                } break;
+            case GGML_MEM_TOKEN:
+                {
+                    search.top(a, h, x);
+                    for (const auto & [s, i] : search.found) {
+                        work.acc.add(0, s, 1.0f, value(i));
+                    }
+                } break;
+            default:
+                GGML_ABORT("fatal error");
+        }
+    }
+
+    work.acc.finish(0, a.gain, in, out);
+}
+
+// few queries: each thread attends its share of the rows of all heads, then the shares are merged
+void mem_attend_split(const mem_args & a, const ggml_compute_params * params, const mem_work & work, float * partials, ggml_tensor * dst) {
+    const int64_t n_q    = a.n_gqa*a.n_tokens;
+    const int64_t stride = n_q*(a.n_embd_v + 2);
+
+    auto partial = [&](int64_t ith, int64_t h) {
+        float * p = partials + (ith*a.n_head_kv + h)*stride;
+        return mem_acc{ p, p + n_q, p + 2*n_q, a.n_embd_v };
+    };
+
+    const int64_t n     = a.offset[a.n_head_kv];
+    const int64_t first = n*params->ith/params->nth;
+    const int64_t last  = n*(params->ith + 1)/params->nth;
+
+    for (int64_t h = 0; h < a.n_head_kv; h++) {
+        mem_work part = work;
+        part.acc = partial(params->ith, h);
+        part.acc.clear(n_q);
+
+        const int64_t i0 = std::max<int64_t>(first, a.offset[h]);
+        const int64_t i1 = std::min<int64_t>(last,  a.offset[h + 1]);
+        if (i0 < i1) {
+            part.load(a, h, 0, n_q);
+            part.attend(a, i0, i1, n_q);
+        }
+    }
+
+    ggml_barrier(params->threadpool);
+
+    for (int64_t i = params->ith; i < a.n_head_kv*n_q; i += params->nth) {
+        const int64_t h = i/n_q;
+        const int64_t j = i%n_q;
+
+        work.acc.clear(1);
+        for (int t = 0; t < params->nth; t++) {
+            const mem_acc p = partial(t, h);
+            work.acc.add(0, p.max[j], p.sum[j], p.o + j*a.n_embd_v);
+        }
+        work.acc.finish(0, a.gain, mem_state_in(a, h, j), a.result(dst, h, j));
+    }
+}
+
+void mem_attend(const mem_args & a, const ggml_compute_params * params, const mem_work & work, ggml_tensor * dst) {
+    const int64_t n_q     = a.n_gqa*a.n_tokens;
+    const int64_t n_block = (n_q + MEM_TILE_QUERIES - 1)/MEM_TILE_QUERIES;
+
+    for (int64_t i = params->ith; i < a.n_head_kv*n_block; i += params->nth) {
+        const int64_t h  = i/n_block;
+        const int64_t j0 = i%n_block*MEM_TILE_QUERIES;
+        const int64_t nb = std::min(MEM_TILE_QUERIES, n_q - j0);
+
+        work.acc.clear(nb);
+        work.load(a, h, j0, nb);
+        work.attend(a, a.offset[h], a.offset[h + 1], nb);
+        for (int64_t j = 0; j < nb; j++) {
+            work.acc.finish(j, a.gain, mem_state_in(a, h, j0 + j), a.result(dst, h, j0 + j));
+        }
+    }
+}
+
+void mem_merge(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * a = dst->src[1];
+    const ggml_tensor * b = dst->src[0];
+
+    const int64_t n = dst->ne[0] - 1;
+    const size_t  stride = (n + 2 + CACHE_LINE_SIZE/sizeof(float))*params->ith;
+    float * wdata = (float *) params->wdata + stride;
+    const mem_acc acc = { wdata, wdata + 1, wdata + 2, n };
+
+    for (int64_t i = params->ith; i < ggml_nrows(dst); i += params->nth) {
+        auto row = [&](const ggml_tensor * t) { return (float *) ((char *) t->data + i%t->ne[1]*t->nb[1] + i/t->ne[1]*t->nb[2]); };
+        acc.clear(1);
+        acc.add(0, row(a)[n], 1.0f, row(a));
+        acc.finish(0, 0.0f, row(b), row(dst));
+    }
+}
+
+bool mem_split(const mem_args & a) {
+    return a.n_tokens <= MEM_SPLIT_MAX_TOKENS && a.n_gqa*a.n_tokens <= MEM_TILE_QUERIES;
+}
+
+} // namespace
+
+size_t ggml_mem_state_work_size(const ggml_tensor * dst, int n_tasks) {
+    if (ggml_get_op_params_i32(dst, 0) == GGML_MEM_MERGE) {
+        return n_tasks*(dst->ne[0] + 1 + CACHE_LINE_SIZE/sizeof(float))*sizeof(float);
+    }
+
+    const mem_args a(dst);
+    size_t n = n_tasks*mem_work::size(a.n_embd_k, a.n_embd_v);
+    if (a.kind == GGML_MEM_ANCHOR && mem_split(a)) {
+        n += n_tasks*a.n_head*a.n_tokens*(a.n_embd_v + 2);
+    }
+    return n*sizeof(float);
+}
+
+void ggml_compute_forward_mem_state(const ggml_compute_params * params, ggml_tensor * dst) {
+    if (ggml_get_op_params_i32(dst, 0) == GGML_MEM_MERGE) {
+        mem_merge(params, dst);
+        return;
+    }
+
+    const mem_args a(dst);
+
+    float * wdata = (float *) params->wdata;
+    const size_t size = mem_work::size(a.n_embd_k, a.n_embd_v);
+    const mem_work work(a, wdata + params->ith*size);
+
+    if (a.kind == GGML_MEM_ANCHOR) {
+        if (mem_split(a)) {
+            mem_attend_split(a, params, work, wdata + params->nth*size, dst);
+        } else {
+            mem_attend(a, params, work, dst);
+        }
+        return;
+    }
+
+    thread_local mem_search search;
+
+    // the queries of a head follow each other, so that a thread keeps to few tables
+    const int64_t n_q = a.n_gqa*a.n_tokens;
+    const int64_t n   = a.n_head_kv*n_q;
+    for (int64_t i = n*params->ith/params->nth; i < n*(params->ith + 1)/params->nth; i++) {
+        mem_lookup(a, i/n_q, i%n_q, work, search, a.result(dst, i/n_q, i%n_q));
+    }
+}
