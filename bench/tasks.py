@@ -33,6 +33,7 @@ from attnmem_local.build import build_memory, fit_memory
 from attnmem_local.capture import prefill
 from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.memory import Memory
+from attnmem_local.prefix import Prefix
 from attnmem_local.progress import Progress
 from attnmem_local.tokenizer import GgufTokenizer
 from classify import N_TESTS, Case, Classifier, make_case
@@ -45,6 +46,7 @@ from scoring import kv_bytes
 
 RESULTS = Path(__file__).parent / "results"
 FULL, FULL_PYTORCH = "full prefix", "full prefix, PyTorch"
+N_MORE = 5120  # tokens of the prefix with traces before it
 SEEDS = 1, 2, 8  # of nine, those that intents.py found to gain most from the full prefix, on other rows
 console = Console(stderr=True)
 
@@ -66,15 +68,34 @@ def with_memory(case: Case, name: str, build: Callable[[Path], object]) -> dict:
     build(path)
     seconds = time.perf_counter() - start
     memory = Memory.load(path)
-    found = classify(case, memory.nbytes() / memory.kv_bytes(), memory=path)
+    found = classify(case, memory.nbytes() / kv_bytes(case), memory=path)
     path.unlink()
     return found | {"build_seconds": seconds, "build": memory.build}
 
 
 def attnmem(case: Case, share: float) -> dict:
-    texts = [builder().tokenizer.decode(window) for window in case.traces]
-    options = dict(queries=[texts], share=share, progress=Progress())
-    return with_memory(case, f"attnmem-{share}", lambda path: build_memory(builder(), case.prefix, path, **options))
+    return with_memory(case, f"attnmem-{share}", lambda path: build(case, case.prefix, case.traces, share, path))
+
+
+def attnmem_more(case: Case, share: float) -> dict:
+    """Traces as demonstrations: they lengthen the prefix, not the memory."""
+    tokens, rest = demonstrations(case)
+    prefix = Prefix(tokens, builder().tokenizer.decode(tokens))
+    return with_memory(case, f"attnmem-more-{share}", lambda path: build(case, prefix, rest, share, path))
+
+
+def build(case: Case, prefix: Prefix, traces: list[list[int]], share: float, path: Path) -> None:
+    texts = [builder().tokenizer.decode(trace) for trace in traces]
+    build_memory(builder(), prefix, path, queries=[texts], nbytes=int(share * kv_bytes(case)), progress=Progress())
+
+
+def demonstrations(case: Case) -> tuple[list[int], list[list[int]]]:
+    """The prefix after as many traces as make it N_MORE tokens, and the traces that are left."""
+    tokens, n = [], 0
+    while len(tokens) + len(case.traces[n]) + len(case.prefix.tokens) <= N_MORE:
+        tokens += case.traces[n]
+        n += 1
+    return tokens + case.prefix.tokens, case.traces[n:]
 
 
 def centroids(case: Case, entries: int) -> dict:
@@ -112,6 +133,8 @@ SYSTEMS: dict[str, Callable[[Case], dict]] = {
     FULL: lambda case: classify(case, 1.0, prefix=case.prefix.tokens),
     "half of the demonstrations": lambda case: classify(case, len(case.half) / len(case.prefix.tokens), prefix=case.half),
     "attnmem 1/4": partial(attnmem, share=1 / 4),
+    "traces before the full prefix": lambda case: classify(case, N_MORE / len(case.prefix.tokens), prefix=demonstrations(case)[0]),
+    "attnmem 1/4, traces before the prefix": partial(attnmem_more, share=1 / 4),
     "centroids, equal bytes": partial(centroids, entries=1300),  # with their search graphs
     "attention matching 1/4": partial(attention_matching, share=1 / 4),
     **{

@@ -12,7 +12,7 @@ import torch
 from attnmem_local.capture import capture, prefill
 from attnmem_local.memory import Entries, LayerMemory, Memory
 from prefixes import Case, builder, f32_model
-from scoring import score
+from scoring import kv_bytes, score
 
 N_QUERIES = 8192  # per KV head, drawn from those of the build text
 RIDGE = 1e-3  # of the mean of the Gram diagonal, pulls the values to the original ones; by error on held-back build text
@@ -34,7 +34,7 @@ def matching_memory(case, share: float) -> Memory:
     model, spec, prefix = builder(), builder().spec, case.prefix
     kv, captured = _captured(case)
     per_key = 2 * spec.key_length + 2 * spec.value_length + 4
-    n = int(share * len(prefix.tokens) * spec.kv_bytes_per_token() / (spec.block_count * spec.head_count_kv) / per_key)
+    n = int(share * kv_bytes(case) / (spec.block_count * spec.head_count_kv) / per_key)
     layers = {}
     for il, (q, o, lse) in enumerate(captured):
         heads = [fit_head(*head, spec.scale, n) for head in zip(q, o, lse, kv.k[il], kv.v[il])]
