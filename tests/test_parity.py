@@ -92,3 +92,14 @@ def test_the_stock_path_and_the_cpu_op_agree(tiny):
     stock = Scorer(tiny.path, memory=path, lookup="stock").log_probs(tiny.live)
     scan = Scorer(tiny.path, memory=path, lookup="scan").log_probs(tiny.live)
     assert kl(stock, scan).mean() < 1e-5
+
+
+@pytest.mark.parametrize("n_live", [1, 3, 90])
+def test_flash_attention_merges_with_the_state(tiny32, mixed, n_live):
+    live = tiny32.live[:n_live]
+    plain = Scorer(tiny32.path, memory=mixed, lookup="stock").log_probs(live)
+    none = kl(plain, Scorer(tiny32.path).log_probs(live)).mean()
+    for kv_type, bound in ((1, 1e-4), (8, 0.02)):  # F16 and Q8_0 live tokens
+        flash = Scorer(tiny32.path, memory=mixed, flash_attn=True, type_k=kv_type, type_v=kv_type).log_probs(live)
+        # the error of a query that finds the other of two entries stays with its token
+        assert np.median(kl(plain, flash)) < bound * none

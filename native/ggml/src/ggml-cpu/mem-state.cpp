@@ -18,12 +18,13 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 namespace {
 
-constexpr int64_t MEM_TILE_ROWS    = 64;
+constexpr int64_t MEM_TILE_ROWS    = 32;
 constexpr int64_t MEM_TILE_QUERIES = 64;
 
 // with fewer queries than this, a dot product per row and query beats a matrix product with the transposed rows
@@ -111,26 +112,127 @@ struct mem_args {
     }
 };
 
-void mem_to_f32(const ggml_tensor * table, int64_t i, float * y) {
-    const char  * row = (const char *) table->data + i*table->nb[1];
-    const int64_t n   = table->ne[0];
+// n rows of a table from i0 on
+void mem_to_f32(const ggml_tensor * table, int64_t i0, int64_t n, float * y) {
+    const char  * x  = (const char *) table->data + i0*table->nb[1];
+    const int64_t d  = table->ne[0];
 
     switch (table->type) {
-        case GGML_TYPE_F32: memcpy(y, row, n*sizeof(float)); break;
-        case GGML_TYPE_F16: ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row, y, n); break;
+        case GGML_TYPE_F32: memcpy(y, x, n*d*sizeof(float)); break;
+        case GGML_TYPE_F16: ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) x, y, n*d); break;
         case GGML_TYPE_Q8_0:
             {
-                const block_q8_0 * x = (const block_q8_0 *) row;
-                for (int64_t b = 0; b < n/QK8_0; b++) {
-                    const float d = GGML_CPU_FP16_TO_FP32(x[b].d);
+                const block_q8_0 * block = (const block_q8_0 *) x;
+                for (int64_t b = 0; b < n*d/QK8_0; b++) {
+                    const float scale = GGML_CPU_FP16_TO_FP32(block[b].d);
                     for (int j = 0; j < QK8_0; j++) {
-                        y[b*QK8_0 + j] = d*x[b].qs[j];
+                        y[b*QK8_0 + j] = scale*block[b].qs[j];
                     }
                 }
             } break;
-        default: ggml_get_type_traits(table->type)->to_float(row, y, n);
+        default: ggml_get_type_traits(table->type)->to_float(x, y, n*d);
     }
 }
+
+// s[j*stride + i] = k[i]*q[j] for n rows and NQ queries of size d; a row is loaded once for all of them
+template <int NQ>
+void mem_dot(int64_t n, int64_t d, const float * k, const float * q, float * s, int64_t stride) {
+#if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
+    for (int64_t i = 0; i < n; i++, k += d) {
+        GGML_F32_VEC acc[NQ];
+        for (int j = 0; j < NQ; j++) {
+            acc[j] = GGML_F32_VEC_ZERO;
+        }
+
+        int64_t c = 0;
+        for (; c + GGML_F32_EPR <= d; c += GGML_F32_EPR) {
+            const GGML_F32_VEC x = GGML_F32_VEC_LOAD(k + c);
+            for (int j = 0; j < NQ; j++) {
+                acc[j] = GGML_F32_VEC_FMA(acc[j], x, GGML_F32_VEC_LOAD(q + j*d + c));
+            }
+        }
+
+        for (int j = 0; j < NQ; j++) {
+            float lane[GGML_F32_EPR];
+            GGML_F32_VEC_STORE(lane, acc[j]);
+            for (int l = GGML_F32_EPR/2; l > 0; l /= 2) {
+                for (int m = 0; m < l; m++) {
+                    lane[m] += lane[m + l];
+                }
+            }
+            s[j*stride + i] = lane[0];
+        }
+        for (; c < d; c++) {
+            for (int j = 0; j < NQ; j++) {
+                s[j*stride + i] += k[c]*q[j*d + c];
+            }
+        }
+    }
+#else
+    for (int64_t i = 0; i < n; i++) {
+        for (int j = 0; j < NQ; j++) {
+            ggml_vec_dot_f32(d, s + j*stride + i, 0, k + i*d, 0, q + j*d, 0, 1);
+        }
+    }
+#endif
+}
+
+// o[j] += sum_i s[j*stride + i]*v[i] for n rows of size d and NQ queries
+template <int NQ>
+void mem_weigh(int64_t n, int64_t d, const float * s, int64_t stride, const float * v, float * o) {
+    int64_t c = 0;
+#if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
+    constexpr int R = 2;
+    for (; c + R*GGML_F32_EPR <= d; c += R*GGML_F32_EPR) {
+        GGML_F32_VEC acc[NQ][R];
+        for (int j = 0; j < NQ; j++) {
+            for (int r = 0; r < R; r++) {
+                acc[j][r] = GGML_F32_VEC_LOAD(o + j*d + c + r*GGML_F32_EPR);
+            }
+        }
+        for (int64_t i = 0; i < n; i++) {
+            GGML_F32_VEC x[R];
+            for (int r = 0; r < R; r++) {
+                x[r] = GGML_F32_VEC_LOAD(v + i*d + c + r*GGML_F32_EPR);
+            }
+            for (int j = 0; j < NQ; j++) {
+                const GGML_F32_VEC w = GGML_F32_VEC_SET1(s[j*stride + i]);
+                for (int r = 0; r < R; r++) {
+                    acc[j][r] = GGML_F32_VEC_FMA(acc[j][r], x[r], w);
+                }
+            }
+        }
+        for (int j = 0; j < NQ; j++) {
+            for (int r = 0; r < R; r++) {
+                GGML_F32_VEC_STORE(o + j*d + c + r*GGML_F32_EPR, acc[j][r]);
+            }
+        }
+    }
+#endif
+    for (; c < d; c++) {
+        for (int j = 0; j < NQ; j++) {
+            for (int64_t i = 0; i < n; i++) {
+                o[j*d + c] += s[j*stride + i]*v[i*d + c];
+            }
+        }
+    }
+}
+
+// calls f with integral constants that add up to n, 4 at most
+template <typename F>
+void mem_by_four(int64_t n, F f) {
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+        f(std::integral_constant<int, 4>(), j);
+    }
+    switch (n - j) {
+        case 3: f(std::integral_constant<int, 3>(), j); break;
+        case 2: f(std::integral_constant<int, 2>(), j); break;
+        case 1: f(std::integral_constant<int, 1>(), j); break;
+    }
+}
+
+using mem_candidate = std::pair<float, int32_t>; // score, entry of the head
 
 // states under construction: sum_i exp(s_i - max) v_i and sum_i exp(s_i - max)
 struct mem_acc {
@@ -226,16 +328,12 @@ struct mem_work {
     // scale*key*q + bias of n rows from i0 on, for n_q loaded queries, to s
     void score(const mem_args & a, int64_t i0, int64_t n, int64_t n_q, float scale) const {
         const int64_t d = a.n_embd_k;
-        for (int64_t i = 0; i < n; i++) {
-            mem_to_f32(a.key, i0 + i, k + i*d);
-        }
+        mem_to_f32(a.key, i0, n, k);
 
         if (n_q < MEM_GEMM_MIN_QUERIES) {
-            for (int64_t i = 0; i < n; i++) {
-                for (int64_t j = 0; j < n_q; j++) {
-                    ggml_vec_dot_f32(d, s + j*MEM_TILE_ROWS + i, 0, k + i*d, 0, q + j*d, 0, 1);
-                }
-            }
+            mem_by_four(n_q, [&](auto nq, int64_t j) {
+                mem_dot<nq>(n, d, k, q + j*d, s + j*MEM_TILE_ROWS, MEM_TILE_ROWS);
+            });
         } else {
             if (n < MEM_TILE_ROWS) {
                 memset(k_t, 0, d*MEM_TILE_ROWS*sizeof(float));
@@ -270,14 +368,47 @@ struct mem_work {
                 float max;
                 ggml_vec_max_f32(n, &max, row);
                 acc.sum[j] += ggml_vec_soft_max_f32(n, row, row, acc.raise(j, max));
-                std::fill(row + n, row + MEM_TILE_ROWS, 0.0f);
             }
 
-            for (int64_t i = 0; i < n; i++) {
-                mem_to_f32(a.value, i0 + i, v + i*d);
+            mem_to_f32(a.value, i0, n, v);
+            if (n_q < MEM_GEMM_MIN_QUERIES) {
+                mem_by_four(n_q, [&](auto nq, int64_t j) {
+                    mem_weigh<nq>(n, d, s + j*MEM_TILE_ROWS, MEM_TILE_ROWS, v, acc.o + j*d);
+                });
+            } else {
+                // rows beyond the last have no weight
+                for (int64_t j = 0; j < n_q; j++) {
+                    std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, 0.0f);
+                }
+                memset(v + n*d, 0, (MEM_TILE_ROWS - n)*d*sizeof(float));
+                simd_gemm(acc.o, s, v, n_q, MEM_TILE_ROWS, d);
             }
-            memset(v + n*d, 0, (MEM_TILE_ROWS - n)*d*sizeof(float));
-            simd_gemm(acc.o, s, v, n_q, MEM_TILE_ROWS, d);
+        }
+    }
+
+    // the entry of KV head h with the largest key*q + bias among the rows i0 .. i1 - 1, for n_q loaded queries
+    void scan(const mem_args & a, int64_t h, int64_t i0, int64_t i1, int64_t n_q, mem_candidate * best) const {
+        for (; i0 < i1; i0 += MEM_TILE_ROWS) {
+            const int64_t n = std::min(MEM_TILE_ROWS, i1 - i0);
+
+            score(a, i0, n, n_q, 1.0f);
+
+            for (int64_t j = 0; j < n_q; j++) {
+                float * row = s + j*MEM_TILE_ROWS;
+                std::fill(row + n, row + MEM_TILE_ROWS, -INFINITY);
+
+                float max[8];
+                std::copy(row, row + 8, max);
+                for (int64_t i = 8; i < MEM_TILE_ROWS; i += 8) {
+                    for (int l = 0; l < 8; l++) {
+                        max[l] = std::max(max[l], row[i + l]);
+                    }
+                }
+                const float top = *std::max_element(max, max + 8);
+                if (top > best[j].first) {
+                    best[j] = { top, (int32_t) (i0 - a.offset[h] + (std::find(row, row + n, top) - row)) };
+                }
+            }
         }
     }
 };
@@ -285,8 +416,6 @@ struct mem_work {
 //
 // lookup
 //
-
-using mem_candidate = std::pair<float, int32_t>; // score, entry of the head
 
 // rows of a table, scored against one query
 struct mem_rows {
@@ -461,12 +590,7 @@ struct mem_search {
 
     // the entry with the largest key*q + bias
     mem_candidate best(const mem_args & a, int64_t h, const float * x) {
-        const mem_rows r = rows(a, h, x, 1.0f);
-        if (a.use_hnsw(h)) {
-            hnsw(a, r, h, MEM_HNSW_EF);
-        } else {
-            scan(r, a.n(h), 1);
-        }
+        hnsw(a, rows(a, h, x, 1.0f), h, MEM_HNSW_EF);
         return *std::max_element(found.begin(), found.end());
     }
 
@@ -493,55 +617,122 @@ const float * mem_state_in(const mem_args & a, int64_t h, int64_t j) {
     return (const float *) ((const char *) a.state->data + (h*a.n_gqa + j/a.n_tokens)*a.state->nb[1] + (j%a.n_tokens)*a.state->nb[2]);
 }
 
-// one query
-void mem_lookup(const mem_args & a, int64_t h, int64_t j, const mem_work & work, mem_search & search, float * out) {
+// the state of a query whose best entry is known
+void mem_take(const mem_args & a, int64_t h, int64_t j, const mem_candidate & best, const mem_work & work, ggml_tensor * dst) {
     const float * in  = mem_state_in(a, h, j);
-    const float * x   = a.query(h, j);
-    const float * lse = a.lse ? (const float *) a.lse->data + a.offset[h] : nullptr;
+    float       * out = a.result(dst, h, j);
 
-    auto value = [&](int64_t i) {
-        mem_to_f32(a.value, a.offset[h] + i, work.v);
+    auto row = [&]() {
+        mem_to_f32(a.value, a.offset[h] + best.second, 1, work.v);
         return work.v;
     };
+    auto lse = [&]() { return ((const float *) a.lse->data)[a.offset[h] + best.second]; };
 
     if (a.kind == GGML_MEM_RESIDUAL) {
         memcpy(out, in, (a.n_embd_v + 1)*sizeof(float));
         out[a.n_embd_v] += a.gain;
         if (a.n(h) > 0) {
-            const int32_t i = search.best(a, h, x).second;
-            ggml_vec_add_f32(a.n_embd_v, out, out, value(i));
-            out[a.n_embd_v] += lse[i];
+            ggml_vec_add_f32(a.n_embd_v, out, out, row());
+            out[a.n_embd_v] += lse();
         }
         return;
     }
 
     work.acc.clear(1);
-
     if (a.n(h) > 0) {
-        switch (a.kind) {
-            case GGML_MEM_CENTROID:
-                {
-                    const int32_t i = search.best(a, h, x).second;
-                    work.acc.add(0, lse[i], 1.0f, value(i));
-                } break;
-            case GGML_MEM_TANGENT:
-                {
-                    const auto [s, i] = search.best(a, h, x);
-                    work.acc.add(0, s, 1.0f, value(i));
-                } break;
-            case GGML_MEM_TOKEN:
-                {
-                    search.top(a, h, x);
-                    for (const auto & [s, i] : search.found) {
-                        work.acc.add(0, s, 1.0f, value(i));
-                    }
-                } break;
-            default:
-                GGML_ABORT("fatal error");
+        work.acc.add(0, a.kind == GGML_MEM_CENTROID ? lse() : best.first, 1.0f, row());
+    }
+    work.acc.finish(0, a.gain, in, out);
+}
+
+// the state of a query over its top_k entries
+void mem_take_top(const mem_args & a, int64_t h, int64_t j, const mem_work & work, mem_search & search, ggml_tensor * dst) {
+    work.acc.clear(1);
+    if (a.n(h) > 0) {
+        search.top(a, h, a.query(h, j));
+        for (const auto & [s, i] : search.found) {
+            mem_to_f32(a.value, a.offset[h] + i, 1, work.v);
+            work.acc.add(0, s, 1.0f, work.v);
         }
     }
+    work.acc.finish(0, a.gain, mem_state_in(a, h, j), a.result(dst, h, j));
+}
 
-    work.acc.finish(0, a.gain, in, out);
+// the share of a thread of the rows of all KV heads: f(h, i0, i1)
+template <typename F>
+void mem_for_rows(const mem_args & a, const ggml_compute_params * params, F f) {
+    const int64_t n     = a.offset[a.n_head_kv];
+    const int64_t first = n*params->ith/params->nth;
+    const int64_t last  = n*(params->ith + 1)/params->nth;
+
+    for (int64_t h = 0; h < a.n_head_kv; h++) {
+        f(h, std::max<int64_t>(first, a.offset[h]), std::min<int64_t>(last, a.offset[h + 1]));
+    }
+}
+
+// the share of a thread of the queries of all KV heads, in blocks: f(h, j0, n)
+template <typename F>
+void mem_for_queries(const mem_args & a, const ggml_compute_params * params, F f) {
+    const int64_t n_q     = a.n_gqa*a.n_tokens;
+    const int64_t n_block = (n_q + MEM_TILE_QUERIES - 1)/MEM_TILE_QUERIES;
+
+    for (int64_t i = params->ith; i < a.n_head_kv*n_block; i += params->nth) {
+        const int64_t j0 = i%n_block*MEM_TILE_QUERIES;
+        f(i/n_block, j0, std::min(MEM_TILE_QUERIES, n_q - j0));
+    }
+}
+
+// few queries: each thread scans its share of the rows of all heads, then the best of the shares is taken
+void mem_lookup_split(const mem_args & a, const ggml_compute_params * params, const mem_work & work, mem_search & search, void * partials, ggml_tensor * dst) {
+    const int64_t n_q = a.n_gqa*a.n_tokens;
+
+    auto partial = [&](int64_t ith, int64_t h) { return (mem_candidate *) partials + (ith*a.n_head_kv + h)*n_q; };
+
+    mem_for_rows(a, params, [&](int64_t h, int64_t i0, int64_t i1) {
+        mem_candidate * best = partial(params->ith, h);
+        std::fill(best, best + n_q, mem_candidate(-INFINITY, 0));
+        if (i0 < i1 && !a.use_hnsw(h)) {
+            work.load(a, h, 0, n_q);
+            work.scan(a, h, i0, i1, n_q, best);
+        }
+    });
+
+    ggml_barrier(params->threadpool);
+
+    for (int64_t i = params->ith; i < a.n_head_kv*n_q; i += params->nth) {
+        const int64_t h = i/n_q;
+        const int64_t j = i%n_q;
+
+        mem_candidate best = partial(0, h)[j];
+        if (a.use_hnsw(h)) {
+            best = search.best(a, h, a.query(h, j));
+        } else {
+            for (int t = 1; t < params->nth; t++) {
+                if (partial(t, h)[j].first > best.first) {
+                    best = partial(t, h)[j];
+                }
+            }
+        }
+        mem_take(a, h, j, best, work, dst);
+    }
+}
+
+void mem_lookup(const mem_args & a, const ggml_compute_params * params, const mem_work & work, mem_search & search, ggml_tensor * dst) {
+    mem_for_queries(a, params, [&](int64_t h, int64_t j0, int64_t n) {
+        mem_candidate best[MEM_TILE_QUERIES];
+        if (a.use_hnsw(h)) {
+            for (int64_t j = 0; j < n; j++) {
+                best[j] = search.best(a, h, a.query(h, j0 + j));
+            }
+        } else {
+            std::fill(best, best + n, mem_candidate(-INFINITY, 0));
+            work.load(a, h, j0, n);
+            work.scan(a, h, a.offset[h], a.offset[h + 1], n, best);
+        }
+        for (int64_t j = 0; j < n; j++) {
+            mem_take(a, h, j0 + j, best[j], work, dst);
+        }
+    });
 }
 
 // few queries: each thread attends its share of the rows of all heads, then the shares are merged
@@ -554,22 +745,15 @@ void mem_attend_split(const mem_args & a, const ggml_compute_params * params, co
         return mem_acc{ p, p + n_q, p + 2*n_q, a.n_embd_v };
     };
 
-    const int64_t n     = a.offset[a.n_head_kv];
-    const int64_t first = n*params->ith/params->nth;
-    const int64_t last  = n*(params->ith + 1)/params->nth;
-
-    for (int64_t h = 0; h < a.n_head_kv; h++) {
+    mem_for_rows(a, params, [&](int64_t h, int64_t i0, int64_t i1) {
         mem_work part = work;
         part.acc = partial(params->ith, h);
         part.acc.clear(n_q);
-
-        const int64_t i0 = std::max<int64_t>(first, a.offset[h]);
-        const int64_t i1 = std::min<int64_t>(last,  a.offset[h + 1]);
         if (i0 < i1) {
             part.load(a, h, 0, n_q);
             part.attend(a, i0, i1, n_q);
         }
-    }
+    });
 
     ggml_barrier(params->threadpool);
 
@@ -587,21 +771,14 @@ void mem_attend_split(const mem_args & a, const ggml_compute_params * params, co
 }
 
 void mem_attend(const mem_args & a, const ggml_compute_params * params, const mem_work & work, ggml_tensor * dst) {
-    const int64_t n_q     = a.n_gqa*a.n_tokens;
-    const int64_t n_block = (n_q + MEM_TILE_QUERIES - 1)/MEM_TILE_QUERIES;
-
-    for (int64_t i = params->ith; i < a.n_head_kv*n_block; i += params->nth) {
-        const int64_t h  = i/n_block;
-        const int64_t j0 = i%n_block*MEM_TILE_QUERIES;
-        const int64_t nb = std::min(MEM_TILE_QUERIES, n_q - j0);
-
-        work.acc.clear(nb);
-        work.load(a, h, j0, nb);
-        work.attend(a, a.offset[h], a.offset[h + 1], nb);
-        for (int64_t j = 0; j < nb; j++) {
+    mem_for_queries(a, params, [&](int64_t h, int64_t j0, int64_t n) {
+        work.acc.clear(n);
+        work.load(a, h, j0, n);
+        work.attend(a, a.offset[h], a.offset[h + 1], n);
+        for (int64_t j = 0; j < n; j++) {
             work.acc.finish(j, a.gain, mem_state_in(a, h, j0 + j), a.result(dst, h, j0 + j));
         }
-    }
+    });
 }
 
 void mem_merge(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -634,8 +811,8 @@ size_t ggml_mem_state_work_size(const ggml_tensor * dst, int n_tasks) {
 
     const mem_args a(dst);
     size_t n = n_tasks*mem_work::size(a.n_embd_k, a.n_embd_v);
-    if (a.kind == GGML_MEM_ANCHOR && mem_split(a)) {
-        n += n_tasks*a.n_head*a.n_tokens*(a.n_embd_v + 2);
+    if (mem_split(a)) {
+        n += n_tasks*a.n_head*a.n_tokens*(a.n_embd_v + 2); // of states, or of candidates, which are smaller
     }
     return n*sizeof(float);
 }
@@ -652,9 +829,11 @@ void ggml_compute_forward_mem_state(const ggml_compute_params * params, ggml_ten
     const size_t size = mem_work::size(a.n_embd_k, a.n_embd_v);
     const mem_work work(a, wdata + params->ith*size);
 
+    float * partials = wdata + params->nth*size;
+
     if (a.kind == GGML_MEM_ANCHOR) {
         if (mem_split(a)) {
-            mem_attend_split(a, params, work, wdata + params->nth*size, dst);
+            mem_attend_split(a, params, work, partials, dst);
         } else {
             mem_attend(a, params, work, dst);
         }
@@ -663,10 +842,16 @@ void ggml_compute_forward_mem_state(const ggml_compute_params * params, ggml_ten
 
     thread_local mem_search search;
 
-    // the queries of a head follow each other, so that a thread keeps to few tables
-    const int64_t n_q = a.n_gqa*a.n_tokens;
-    const int64_t n   = a.n_head_kv*n_q;
-    for (int64_t i = n*params->ith/params->nth; i < n*(params->ith + 1)/params->nth; i++) {
-        mem_lookup(a, i/n_q, i%n_q, work, search, a.result(dst, i/n_q, i%n_q));
+    if (a.kind == GGML_MEM_TOKEN) {
+        // the queries of a head follow each other, so that a thread keeps to few tables
+        const int64_t n_q = a.n_gqa*a.n_tokens;
+        const int64_t n   = a.n_head_kv*n_q;
+        for (int64_t i = n*params->ith/params->nth; i < n*(params->ith + 1)/params->nth; i++) {
+            mem_take_top(a, i/n_q, i%n_q, work, search, dst);
+        }
+    } else if (mem_split(a)) {
+        mem_lookup_split(a, params, work, search, partials, dst);
+    } else {
+        mem_lookup(a, params, work, search, dst);
     }
 }
