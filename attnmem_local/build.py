@@ -35,7 +35,8 @@ STUDY_WINDOW = 192  # of self-study: more and shorter windows are written faster
 HELD_OUT = 12  # one of so many windows is not built from, but measured on
 LATER = 8  # one of so many windows begins at a later position
 FAR = 8192
-SHARE = 1 / 8  # of the prefix's KV bytes, if nothing else is asked for
+SHARE = 1 / 8  # of the prefix's KV bytes, if nothing else is asked for, and at most
+READ = 1 / 12  # of the bytes of the weights in 4.5 bits: a token reads the weights and the memory, and costs what it reads
 
 
 def build_memory(
@@ -57,7 +58,7 @@ def build_memory(
     model: a GGUF file or a transformers directory, or a model that is already loaded.
     prefix: a file (text, or `.json` with chat messages), several files that together are the text, chat messages, or a
         Prefix. Each of several files is a segment of the memory, which update_memory can rebuild alone.
-    share, nbytes: the size of the memory, as a share of the prefix's F16 KV cache or in bytes.  [default: share 1/8]
+    share, nbytes: the size of the memory, as a share of the prefix's F16 KV cache or in bytes.  [default: default_bytes]
     queries: where queries come from: "repeat", "self-study", the path of a file of traces, or a list of traces.
     system: the text of the file is the system message of a chat.
     windows: how many windows of live text self-study writes.
@@ -75,7 +76,8 @@ def build_memory(
         if not prefix.tokens:
             raise ValueError("the prefix is empty")
         if nbytes is None:
-            nbytes = int((SHARE if share is None else share) * len(prefix.tokens) * model.spec.kv_bytes_per_token())
+            kv_bytes = len(prefix.tokens) * model.spec.kv_bytes_per_token()
+            nbytes = default_bytes(kv_bytes, model.n_parameters()) if share is None else int(share * kv_bytes)
         if out is not None:
             check_space(out, nbytes)
 
@@ -89,6 +91,11 @@ def build_memory(
     memory.build["queries"] = query_names(queries)
     measure_and_save(model, kv, memory, held_out, out, progress)
     return memory
+
+
+def default_bytes(kv_bytes: int, n_parameters: int) -> int:
+    """The size of a memory for a prefix with so many bytes of F16 KV cache: a share of them, as long as tokens stay fast."""
+    return int(min(SHARE * kv_bytes, READ * n_parameters * 4.5 / 8))
 
 
 def measure_and_save(

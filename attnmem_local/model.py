@@ -31,6 +31,9 @@ class BuildModel:
     def device(self) -> torch.device:
         return self.module.device
 
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
     def to_gguf_order(self, x: torch.Tensor) -> torch.Tensor:
         """Queries or keys [..., d_k] from the order of transformers to that of the GGUF."""
         return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if self.interleaved else x

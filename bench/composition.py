@@ -5,14 +5,13 @@
 The README and the novel of prefixes.py, with the memories that bench/fidelity.py builds; llama.cpp on the F32 copy.
 """
 
-import json
 from fractions import Fraction
 
 import click
 
 from fidelity import attnmem
 from prefixes import CASES, FULL, f32_model
-from scoring import score
+from scoring import report, score
 
 
 @click.command()
@@ -28,11 +27,7 @@ def main(share: str, as_json: bool) -> None:
         other = paths[1 - paths.index(own)]
         alone, together = (score(case, f32_model(), memory=memory)["nll"] for memory in (own, [own, other]))
         rows.append({"document": case.name, "alone": alone, "together": together, "change": together / alone - 1})
-    if as_json:
-        click.echo(json.dumps({"share": share, "rows": rows}))
-        return
-    for row in rows:
-        click.echo(f"{row['document']}: NLL alone {row['alone']:.4f}, both attached {row['together']:.4f} ({row['change']:+.2%})")
+    report(rows, as_json, share=share)
 
 
 if __name__ == "__main__":

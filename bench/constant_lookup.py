@@ -6,7 +6,6 @@ The README case of bench/prefixes.py, every KV head alike. KL and NLL are measur
 model, ms per token on the quantized default, in turns within one run.
 """
 
-import json
 import os
 import statistics
 
@@ -19,8 +18,8 @@ from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.evaluate import Scorer
 from attnmem_local.model import load_model
 from attnmem_local.progress import Progress
-from prefixes import BUILD, CASES, FULL, f32_model
-from scoring import score
+from prefixes import CASES, FULL
+from scoring import memory_path, report, score_memory
 
 ENTRIES = (0, 256, 1024, 4096)
 
@@ -34,20 +33,15 @@ def main(anchors: int, rounds: int, as_json: bool) -> None:
     case = CASES["readme"](FULL)
     model = load_model(DEFAULT_MODEL)
     kv = prefill(model, case.prefix.tokens)
-    paths, result = {}, {"anchors": anchors, "threads": os.cpu_count(), "rows": []}
+    rows, paths = [], {}
     for n in ENTRIES:
         plan = uniform_plan(model.spec, anchors=anchors, entries=n, eight_bit=True)
         memory = fit_memory(model, case.prefix, kv, case.build_windows(), plan, progress=progress)
-        paths[n] = BUILD / f"constant-lookup-{n}.mem.gguf"
-        memory.save(paths[n])
-        result["rows"].append({"entries": n, "bytes": memory.nbytes(), **score(case, f32_model(), memory=paths[n])})
-    for row, ms in zip(result["rows"], decode_ms(paths, case.windows[0].tokens[:32], rounds).values()):
+        rows.append({"entries": n, **score_memory(case, memory, f"constant-lookup-{n}")})
+        paths[n] = memory_path(f"constant-lookup-{n}")
+    for row, ms in zip(rows, decode_ms(paths, case.windows[0].tokens[:32], rounds).values()):
         row["ms_per_token"] = ms
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    for row in result["rows"]:
-        click.echo(f"{anchors} anchors, {row['entries']:5} entries: KL {row['kl']:.4f}, NLL {row['nll']:.4f}, {row['bytes'] / 1e6:6.1f} MB, {row['ms_per_token']:.2f} ms per token")
+    report(rows, as_json, anchors=anchors, threads=os.cpu_count())
 
 
 def decode_ms(paths: dict, live: list[int], rounds: int, n: int = 24) -> dict[int, float]:

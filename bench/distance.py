@@ -6,7 +6,6 @@ MEMORY: of the default model. TEXT: what follows its prefix; the memory must not
 llama.cpp on the F32 copy of the model.
 """
 
-import json
 from pathlib import Path
 
 import click
@@ -17,6 +16,7 @@ from attnmem_local.memory import Memory
 from attnmem_local.tokenizer import GgufTokenizer
 from attnmem_local.cli.common import DEFAULT_MODEL
 from prefixes import f32_model
+from scoring import report
 
 
 @click.command()
@@ -37,11 +37,7 @@ def main(memory: Path, text: Path, tokens: int, bins: int, as_json: bool) -> Non
     for part in np.array_split(np.arange(len(live)), bins):
         p, q, n = (log_p[name][part].astype(np.float64) for name in ("full", "memory", "none"))
         rows.append({"first": int(part[0]), "last": int(part[-1]), "kl": float(kl(p, q).mean()), "kl_none": float(kl(p, n).mean())})
-    if as_json:
-        click.echo(json.dumps({"rows": rows}))
-        return
-    for row in rows:
-        click.echo(f"live tokens {row['first']:5} to {row['last']:5}: KL {row['kl']:.5f}, without the prefix {row['kl_none']:.4f}")
+    report(rows, as_json)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """KL to the full-prefix run of the same model, and NLL of the true text, at the scored positions of a case's windows."""
 
+import json
 from functools import lru_cache
 from pathlib import Path
 
+import click
 import gguf
 import numpy as np
 
 from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.evaluate import Scorer, kl, nll
-from prefixes import Case
+from attnmem_local.memory import Memory
+from prefixes import BUILD, Case, f32_model
 
 
 def log_probs(case: Case, scorer: Scorer) -> list[np.ndarray]:
@@ -40,6 +43,26 @@ def score(case: Case, gguf: Path, prefix=(), memory=(), **options) -> dict[str, 
         "nll": float(np.concatenate(loss).mean()),
         "top1": float(np.concatenate(agree).mean()),
     }
+
+
+def score_memory(case: Case, memory: Memory, name: str) -> dict[str, float]:
+    """Bytes and score of a memory in llama.cpp on the F32 copy; it is left in build/bench-<name>.mem.gguf."""
+    path = memory_path(name)
+    memory.save(path)
+    return {"bytes": memory.nbytes(), **score(case, f32_model(), memory=path)}
+
+
+def memory_path(name: str) -> Path:
+    return BUILD / f"bench-{name}.mem.gguf"
+
+
+def report(rows: list[dict], as_json: bool, **about) -> None:
+    """One JSON object, or a line per row."""
+    if as_json:
+        click.echo(json.dumps({**about, "rows": rows}))
+    else:
+        for row in rows:
+            click.echo(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
 
 
 def kv_bytes(case: Case) -> int:

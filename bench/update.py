@@ -4,13 +4,12 @@
 
 The README prefix of prefixes.py in four parts of 512 tokens; the third is replaced by text from further on in the README.
 Scored on the held-out windows against the full run of the changed prefix, llama.cpp on the F32 copy: the memory that was
-updated, one that was built anew in parts, one that was built anew as a whole, and the old one.
+updated, one that was built anew in parts, and the old one.
 """
 
-import json
 import time
-from fractions import Fraction
 from dataclasses import replace
+from fractions import Fraction
 
 import click
 
@@ -18,8 +17,8 @@ from attnmem_local.build import build_memory
 from attnmem_local.prefix import Prefix
 from attnmem_local.progress import Progress
 from attnmem_local.update import update_memory
-from prefixes import BUILD, CASES, FULL, builder, f32_model
-from scoring import score
+from prefixes import CASES, FULL, builder
+from scoring import report, score_memory
 
 PARTS = 4
 
@@ -48,18 +47,9 @@ def main(share: str, as_json: bool) -> None:
     timed("old", lambda: build_memory(model, old, **size, **options))
     timed("updated", lambda: update_memory(memories["old"], model, new, **options))
     timed("built anew in parts", lambda: build_memory(model, new, **size, **options))
-    timed("built anew as a whole", lambda: build_memory(model, replace(new, offset=[]), **size, **options))
     scored = replace(case, prefix=new)
-    rows = []
-    for name, memory in memories.items():
-        path = BUILD / "bench-update.mem.gguf"
-        memory.save(path)
-        rows.append({"memory": name, "seconds": seconds[name], "bytes": memory.nbytes(), **score(scored, f32_model(), memory=path)})
-    if as_json:
-        click.echo(json.dumps({"share": share, "rows": rows}))
-        return
-    for row in rows:
-        click.echo(f"{row['memory']:22} KL {row['kl']:.5f}, NLL {row['nll']:.4f}, {row['bytes'] / 1e6:.2f} MB, {row['seconds']:.0f} s")
+    rows = [{"memory": name, "seconds": seconds[name], **score_memory(scored, memory, "update")} for name, memory in memories.items()]
+    report(rows, as_json, share=share)
 
 
 if __name__ == "__main__":

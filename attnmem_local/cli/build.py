@@ -12,7 +12,7 @@ from .common import file_type, model_argument, print_seconds, queries_option
 @click.argument("prefix", type=file_type, nargs=-1, required=True)
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="The memory file.  [default: the first PREFIX with .mem.gguf]")
 @queries_option
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Size of the memory as a share of the prefix's F16 KV cache.  [default: 1/8]")
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Size of the memory as a share of the prefix's F16 KV cache.  [default: 1/8, less for a prefix so long that tokens would be slower]")
 @click.option("--bytes", "nbytes", type=click.IntRange(1), help="Size of the memory in bytes, instead of --share.")
 @click.option("--system", is_flag=True, help="The text of PREFIX is the system message of a chat.")
 @click.option("--seed", default=0, show_default=True)

@@ -1,0 +1,42 @@
+"""A process of its own for bench/decode.py: from its start to the first token. It imports what running a memory needs, no more."""
+
+import json
+import sys
+import time
+
+from attnmem_local.evaluate import Scorer
+
+Q8_0 = 8  # ggml_type
+N_LIVE = 16
+
+
+def options(mode: str, memory: str, tokens: list[int]) -> dict:
+    """What a Scorer takes for a mode."""
+    return {
+        "none": {},
+        "full": {"prefix": tokens},
+        "full-q8": {"prefix": tokens, "type_k": Q8_0, "type_v": Q8_0},
+        "memory-scan": {"memory": memory, "lookup": "scan"},
+        "memory-hnsw": {"memory": memory},
+    }[mode] | {"flash_attn": True}
+
+
+def main() -> None:
+    """Reads what decode.py asks for from standard input, writes seconds and bytes to standard output."""
+    job = json.load(sys.stdin)
+    asked = options(job["mode"], job["memory"], job["tokens"])
+    memory = asked.pop("memory", None)
+    scorer = Scorer(job["model"], n_threads=job["threads"], n_threads_batch=job["threads"], **asked)
+    begun = time.perf_counter()
+    if memory:
+        scorer.llama.attach(memory)
+    load = time.perf_counter() - begun
+    next(scorer.decode(job["tokens"][:N_LIVE], 1))
+    found = {"first_token_s": time.time() - job["started"], "load_ms": 1000 * load}
+    with open("/proc/self/status") as status:
+        peak = next(line for line in status if line.startswith("VmHWM"))
+    print(json.dumps(found | {"peak_rss_bytes": 1024 * int(peak.split()[1])}))
+
+
+if __name__ == "__main__":
+    main()
