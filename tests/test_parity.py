@@ -7,7 +7,7 @@ from mixed import mixed_memory, random_queries
 
 from attnmem_local import native
 from attnmem_local.evaluate import Scorer, kl, log_softmax
-from attnmem_local.memory import Memory
+from attnmem_local.memory import Memory, rows
 from attnmem_local.reference import memory_session, memory_state
 from attnmem_local.runtime import MemoryLlama
 
@@ -88,7 +88,10 @@ def test_logits(tiny):
 
 
 def test_the_stock_path_and_the_cpu_op_agree(tiny):
-    path = tiny.save(tiny.fitted(), "fitted")
+    memory = tiny.fitted()
+    for layer in memory.layers[0].values():  # with float16 keys the stock path rounds q, and a few queries find another entry
+        layer.centroid.key = rows(layer.centroid.key)
+    path = tiny.save(memory, "fitted-f32")
     stock = Scorer(tiny.path, memory=path, lookup="stock").log_probs(tiny.live)
     scan = Scorer(tiny.path, memory=path, lookup="scan").log_probs(tiny.live)
     assert kl(stock, scan).mean() < 1e-5

@@ -39,6 +39,7 @@ int32_t llama_adapter_mem_state(
     ggml_build_forward_expand(gf, res);
 
     ggml_backend_ptr backend { ggml_backend_cpu_init() };
+    ggml_backend_cpu_set_n_threads(backend.get(), 1);
     ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()) };
     if (!buf) {
         return -1;

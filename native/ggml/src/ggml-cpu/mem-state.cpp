@@ -100,7 +100,7 @@ struct mem_args {
 
     int64_t n(int64_t h) const { return offset[h + 1] - offset[h]; }
 
-    bool use_hnsw(int64_t h) const { return link0 && n(h) >= hnsw_min_entries; }
+    bool use_hnsw(int64_t h) const { return link0 && n(h) > 0 && n(h) >= hnsw_min_entries; }
 
     // the queries of a KV head are numbered head by head
     const float * query(int64_t h, int64_t j) const {
@@ -417,6 +417,17 @@ struct mem_work {
 // lookup
 //
 
+void mem_prefetch(const void * data, size_t size) {
+#if defined(__GNUC__)
+    for (size_t offs = 0; offs < size; offs += CACHE_LINE_SIZE) {
+        __builtin_prefetch((const char *) data + offs);
+    }
+#else
+    GGML_UNUSED(data);
+    GGML_UNUSED(size);
+#endif
+}
+
 // rows of a table, scored against one query
 struct mem_rows {
     const char  * key;
@@ -440,13 +451,7 @@ struct mem_rows {
     }
 
     void prefetch(int64_t i) const {
-#if defined(__GNUC__)
-        for (size_t offs = 0; offs < row_size; offs += CACHE_LINE_SIZE) {
-            __builtin_prefetch(key + i*row_size + offs);
-        }
-#else
-        GGML_UNUSED(i);
-#endif
+        mem_prefetch(key + i*row_size, row_size);
     }
 };
 
@@ -580,6 +585,7 @@ struct mem_search {
             for (const int32_t i : next) {
                 const float s = rows.score(i);
                 if (found.size() < ef || s > found.front().first) {
+                    mem_prefetch(link0 + (int64_t) i*a.m0, a.m0*sizeof(int32_t)); // it is likely to be expanded
                     open.push_back({s, i});
                     std::push_heap(open.begin(), open.end());
                     keep(s, i, ef);

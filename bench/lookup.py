@@ -1,0 +1,157 @@
+"""The search for the nearest entry: HNSW against exact scan, from 256 to 65,536 entries per KV head.
+
+    .venv/bin/python bench/lookup.py [--layer 15] [--json]
+
+Entries are live queries of one layer of the default model over real text after a real prefix, each a centroid of its own;
+the queries that look them up are of other text. Recall@1: how often HNSW finds the entry that the scan finds.
+Comparisons: rows of the table that are scored for one query, counted in a walk of the same graph in Python, which also
+has to find what the runtime finds. µs per query: one thread, in batches of 64 tokens, where the scan is a matrix product.
+A run is written with date to results/, with a plot.
+"""
+
+import heapq
+import json
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+
+import click
+import matplotlib
+import numpy as np
+
+from attnmem_local import native
+from attnmem_local.capture import capture, prefill
+from attnmem_local.cli.common import DEFAULT_MODEL
+from attnmem_local.hnsw import build_graph
+from attnmem_local.memory import Entries, LayerMemory, Memory
+from attnmem_local.runtime import MemoryLlama
+from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
+from scoring import report
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = (256, 1024, 4096, 16384, 65536)
+EF = 16  # as MEM_HNSW_EF in native/ggml/src/ggml-cpu/mem-state.cpp
+WINDOW, N_TEST, N_COUNTED, BATCH = 384, 1536, 100, 64
+
+
+@click.command()
+@click.option("--layer", default=15, show_default=True)
+@click.option("--repeat", default=5, show_default=True, help="Of the timing.")
+@click.option("--json", "as_json", is_flag=True)
+def main(layer: int, repeat: int, as_json: bool) -> None:
+    model = builder()
+    prefix = CASES["readme"](FULL).prefix
+    n_group = model.spec.head_count // model.spec.head_count_kv
+    n_tokens = -(-max(SIZES) // n_group) + N_TEST
+    q = queries(model, prefix.tokens, layer, n_tokens)  # [n_head_kv, n_group, n_tokens, d]
+    known, test = q[:, :, N_TEST:].flatten(1, 2).numpy(), q[:, :, :N_TEST].permute(2, 0, 1, 3).flatten(1, 2).numpy()
+    llama = MemoryLlama(str(DEFAULT_MODEL), verbose=False)
+    rows = []
+    for n in SIZES:
+        chosen = np.random.default_rng(0).permutation(known.shape[1])[:n]
+        entries = table([own[chosen] for own in known])
+        path = BUILD / "bench-lookup.mem.gguf"
+        Memory(model.spec, prefix.tokens, prefix.text, [{layer: LayerMemory(centroid=entries)}], prefix.offset).save(path)
+        handle = llama.load_memory(path).handle
+        state, us = {}, {}
+        for lookup in ("scan", "hnsw"):
+            state[lookup], us[lookup] = timed(handle, layer, test, lookup, repeat)
+        counted = [walk(entries, h, test[t, h * n_group]) for t in range(N_COUNTED) for h in range(model.spec.head_count_kv)]
+        found = np.array([value for value, _ in counted]).reshape(N_COUNTED, -1)
+        agree = float((found == state["hnsw"][:N_COUNTED, ::n_group, -1]).mean())
+        rows.append(
+            {
+                "entries": n,
+                "recall_at_1": float((state["scan"] == state["hnsw"]).all(-1).mean()),
+                "comparisons": statistics.fmean(count for _, count in counted),
+                "us_hnsw": us["hnsw"],
+                "us_scan": us["scan"],
+                "walk_agrees": agree,
+            }
+        )
+    about = {"date": date.today().isoformat(), "layer": layer}
+    (RESULTS / f"{about['date']}-lookup-cpu.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    plot(rows, RESULTS / f"{about['date']}-lookup-cpu.png")
+    report(rows, as_json, **about)
+
+
+def queries(model, prefix_tokens: list[int], layer: int, n_tokens: int):
+    """Live queries of a layer over a novel, float32 in GGUF order [n_head_kv, n_group, n_tokens, d]."""
+    text = model.tokenizer.encode((DATA / BOOK).read_text(encoding="utf-8")[: 8 * n_tokens], add_bos=False)[:n_tokens]
+    windows = [text[i : i + WINDOW] for i in range(0, n_tokens, WINDOW)]
+    target = capture(model, prefill(model, prefix_tokens), windows)[layer]
+    return model.to_gguf_order(target.q).unflatten(1, (-1, n_tokens))
+
+
+def table(heads: list[np.ndarray]) -> Entries:
+    """Each query a centroid; its state is a number of its own, so that states tell which entry was found."""
+    key = np.concatenate(heads).astype(np.float16)
+    square = np.square(key.astype(np.float32)).sum(-1)
+    number = np.concatenate([np.arange(len(own), dtype=np.float32) for own in heads])
+    offset = np.cumsum([0, *map(len, heads)], dtype=np.int32)
+    return Entries(key, -square / 2, np.zeros_like(key), offset, lse=number, graph=build_graph(heads, seed=0, threads=2))
+
+
+def timed(handle: int, layer: int, q: np.ndarray, lookup: str, repeat: int) -> tuple[np.ndarray, float]:
+    """States, and median µs per query."""
+    states, seconds = [], []
+    for i in range(0, len(q), BATCH):
+        states.append(native.state(handle, layer, q[i : i + BATCH], lookup))
+    for _ in range(repeat):
+        for i in range(0, len(q), BATCH):
+            start = time.perf_counter()
+            native.state(handle, layer, q[i : i + BATCH], lookup)
+            seconds.append((time.perf_counter() - start) / BATCH / q.shape[1])
+    return np.concatenate(states), 1e6 * statistics.median(seconds)
+
+
+def walk(entries: Entries, h: int, q: np.ndarray) -> tuple[float, int]:
+    """The log-sum-exp of the entry that a search of head h finds, and the rows it scores."""
+    own, graph = entries.head(h), entries.graph
+    key, bias, q = entries.key[own].astype(np.float32), entries.bias[own], q.astype(np.float16).astype(np.float32)
+    link0, upper = graph.link0[own], graph.upper[own.start : own.stop + 1]
+    at = int(graph.entry[h])
+    best, count = float(key[at] @ q + bias[at]), 1
+    for level in range(upper[at + 1] - upper[at] - 1, -1, -1):
+        moved = True
+        while moved:
+            links = graph.link[upper[at] + level]
+            links = links[links >= 0]
+            score = key[links] @ q + bias[links]
+            count += len(links)
+            moved = bool(len(links)) and score.max() > best
+            if moved:
+                at, best = int(links[score.argmax()]), float(score.max())
+    seen, open_, found = {at}, [(-best, at)], [(best, at)]
+    while open_ and not (-open_[0][0] < found[0][0] and len(found) >= EF):
+        links = [i for i in link0[heapq.heappop(open_)[1]].tolist() if i >= 0 and i not in seen]
+        seen.update(links)
+        count += len(links)
+        for score, i in zip((key[links] @ q + bias[links]).tolist(), links):
+            if len(found) < EF or score > found[0][0]:
+                heapq.heappush(open_, (-score, i))
+                heapq.heappush(found, (score, i))
+                if len(found) > EF:
+                    heapq.heappop(found)
+    return float(entries.lse[own][max(found)[1]]), count
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    n = [row["entries"] for row in rows]
+    left.plot(n, [row["comparisons"] for row in rows], marker="o")
+    left.set(xscale="log", ylim=0, xlabel="entries", ylabel="comparisons per query, HNSW")
+    for name in ("hnsw", "scan"):
+        right.plot(n, [row[f"us_{name}"] for row in rows], marker="o", label=name)
+    right.set(xscale="log", yscale="log", xlabel="entries", ylabel="µs per query")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
