@@ -8,7 +8,7 @@ import torch
 
 from attnmem_local import native
 from attnmem_local.budget import Curve, plan_for_bytes, split, uniform_plan
-from attnmem_local.build import build_memory, fit_memory
+from attnmem_local.build import build_memory, default_bytes, fit_memory
 from attnmem_local.capture import Live, Packed, PrefixKV, capture, prefill, spread
 from attnmem_local.check import held_out_fidelity
 from attnmem_local.entries import token
@@ -246,3 +246,8 @@ def test_every_key_can_be_reached():
         border = {j for i in border for j in link[i].tolist() if j >= 0} - reached
         reached = reached | border
     assert len(reached) == 400
+
+
+def test_the_default_memory_of_a_long_prefix_stops_growing():
+    assert default_bytes(kv_bytes=8_000, n_parameters=10**9) == 1_000
+    assert default_bytes(kv_bytes=10**10, n_parameters=10**9) == default_bytes(kv_bytes=10**11, n_parameters=10**9) < 10**9 / 16
