@@ -112,6 +112,17 @@ struct mem_args {
     }
 };
 
+void mem_prefetch(const void * data, size_t size) {
+#if defined(__GNUC__)
+    for (size_t offs = 0; offs < size; offs += CACHE_LINE_SIZE) {
+        __builtin_prefetch((const char *) data + offs);
+    }
+#else
+    GGML_UNUSED(data);
+    GGML_UNUSED(size);
+#endif
+}
+
 // n rows of a table from i0 on
 void mem_to_f32(const ggml_tensor * table, int64_t i0, int64_t n, float * y) {
     const char  * x  = (const char *) table->data + i0*table->nb[1];
@@ -130,28 +141,117 @@ void mem_to_f32(const ggml_tensor * table, int64_t i0, int64_t n, float * y) {
                     }
                 }
             } break;
-        default: ggml_get_type_traits(table->type)->to_float(x, y, n*d);
+        default: GGML_ABORT("fatal error");
     }
 }
 
-// s[j*stride + i] = k[i]*q[j] for n rows and NQ queries of size d; a row is loaded once for all of them
-template <int NQ>
-void mem_dot(int64_t n, int64_t d, const float * k, const float * q, float * s, int64_t stride) {
+//
+// rows of a table, read in place
+//
+
 #if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
-    for (int64_t i = 0; i < n; i++, k += d) {
+#define MEM_SIMD
+#endif
+
+// types of rows: GGML_F32_EPR values from column c on as F32, and what all values of a block are multiplied by
+
+struct mem_row_f32 {
+    static constexpr bool    scaled = false;
+    static constexpr int64_t block  = 1;
+
+    static float value(const char * row, int64_t c) { return ((const float *) row)[c]; }
+    static float scale(const char * /*row*/, int64_t /*c*/) { return 1.0f; }
+#if defined(MEM_SIMD)
+    static GGML_F32_VEC load(const char * row, int64_t c) { return GGML_F32_VEC_LOAD((const float *) row + c); }
+#endif
+};
+
+struct mem_row_f16 {
+    static constexpr bool    scaled = false;
+    static constexpr int64_t block  = 1;
+
+    static float value(const char * row, int64_t c) { return GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) row)[c]); }
+    static float scale(const char * /*row*/, int64_t /*c*/) { return 1.0f; }
+#if defined(MEM_SIMD)
+    static GGML_F32_VEC load(const char * row, int64_t c) {
+        const ggml_fp16_t * x = (const ggml_fp16_t *) row + c;
+#if defined(__AVX512F__)
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x));
+#elif defined(__F16C__)
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+        return vcvt_f32_f16(vld1_f16((const __fp16 *) x));
+#else
+        float y[GGML_F32_EPR];
+        for (int i = 0; i < GGML_F32_EPR; i++) {
+            y[i] = GGML_CPU_FP16_TO_FP32(x[i]);
+        }
+        return GGML_F32_VEC_LOAD(y);
+#endif
+    }
+#endif
+};
+
+struct mem_row_q8_0 {
+    static constexpr bool    scaled = true;
+    static constexpr int64_t block  = QK8_0;
+
+    static float value(const char * row, int64_t c) { return ((const block_q8_0 *) row)[c/QK8_0].qs[c%QK8_0]; }
+    static float scale(const char * row, int64_t c) { return GGML_CPU_FP16_TO_FP32(((const block_q8_0 *) row)[c/QK8_0].d); }
+#if defined(MEM_SIMD)
+    static GGML_F32_VEC load(const char * row, int64_t c) {
+        const int8_t * x = ((const block_q8_0 *) row)[c/QK8_0].qs + c%QK8_0;
+#if defined(__AVX512F__)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) x)));
+#elif defined(__AVX2__)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) x)));
+#else
+        float y[GGML_F32_EPR];
+        for (int i = 0; i < GGML_F32_EPR; i++) {
+            y[i] = x[i];
+        }
+        return GGML_F32_VEC_LOAD(y);
+#endif
+    }
+#endif
+};
+
+// s[j*stride + i] = k[i]*q[j] for n rows of size d and NQ queries; a row is read once for all of them
+template <typename T, int NQ>
+void mem_dot(int64_t n, int64_t d, const char * k, size_t row_size, const float * q, float * s, int64_t stride) {
+    for (int64_t i = 0; i < n; i++, k += row_size) {
+        float sum[NQ] = {};
+        int64_t c = 0;
+#if defined(MEM_SIMD)
         GGML_F32_VEC acc[NQ];
         for (int j = 0; j < NQ; j++) {
             acc[j] = GGML_F32_VEC_ZERO;
         }
-
-        int64_t c = 0;
-        for (; c + GGML_F32_EPR <= d; c += GGML_F32_EPR) {
-            const GGML_F32_VEC x = GGML_F32_VEC_LOAD(k + c);
-            for (int j = 0; j < NQ; j++) {
-                acc[j] = GGML_F32_VEC_FMA(acc[j], x, GGML_F32_VEC_LOAD(q + j*d + c));
+        if (T::scaled) {
+            for (; c < d; c += T::block) {
+                GGML_F32_VEC part[NQ];
+                for (int j = 0; j < NQ; j++) {
+                    part[j] = GGML_F32_VEC_ZERO;
+                }
+                for (int64_t l = c; l < c + T::block; l += GGML_F32_EPR) {
+                    const GGML_F32_VEC x = T::load(k, l);
+                    for (int j = 0; j < NQ; j++) {
+                        part[j] = GGML_F32_VEC_FMA(part[j], x, GGML_F32_VEC_LOAD(q + j*d + l));
+                    }
+                }
+                const GGML_F32_VEC scale = GGML_F32_VEC_SET1(T::scale(k, c));
+                for (int j = 0; j < NQ; j++) {
+                    acc[j] = GGML_F32_VEC_FMA(acc[j], part[j], scale);
+                }
+            }
+        } else {
+            for (; c + GGML_F32_EPR <= d; c += GGML_F32_EPR) {
+                const GGML_F32_VEC x = T::load(k, c);
+                for (int j = 0; j < NQ; j++) {
+                    acc[j] = GGML_F32_VEC_FMA(acc[j], x, GGML_F32_VEC_LOAD(q + j*d + c));
+                }
             }
         }
-
         for (int j = 0; j < NQ; j++) {
             float lane[GGML_F32_EPR];
             GGML_F32_VEC_STORE(lane, acc[j]);
@@ -160,61 +260,83 @@ void mem_dot(int64_t n, int64_t d, const float * k, const float * q, float * s, 
                     lane[m] += lane[m + l];
                 }
             }
-            s[j*stride + i] = lane[0];
+            sum[j] = lane[0];
         }
+#endif
         for (; c < d; c++) {
+            const float x = T::value(k, c)*T::scale(k, c);
             for (int j = 0; j < NQ; j++) {
-                s[j*stride + i] += k[c]*q[j*d + c];
+                sum[j] += x*q[j*d + c];
             }
         }
-    }
-#else
-    for (int64_t i = 0; i < n; i++) {
         for (int j = 0; j < NQ; j++) {
-            ggml_vec_dot_f32(d, s + j*stride + i, 0, k + i*d, 0, q + j*d, 0, 1);
+            s[j*stride + i] = sum[j];
         }
     }
-#endif
 }
 
-// o[j] += sum_i s[j*stride + i]*v[i] for n rows of size d and NQ queries
-template <int NQ>
-void mem_weigh(int64_t n, int64_t d, const float * s, int64_t stride, const float * v, float * o) {
-    int64_t c = 0;
-#if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
-    constexpr int R = 2;
-    for (; c + R*GGML_F32_EPR <= d; c += R*GGML_F32_EPR) {
-        GGML_F32_VEC acc[NQ][R];
-        for (int j = 0; j < NQ; j++) {
-            for (int r = 0; r < R; r++) {
-                acc[j][r] = GGML_F32_VEC_LOAD(o + j*d + c + r*GGML_F32_EPR);
-            }
+#if defined(MEM_SIMD)
+// R vectors of columns from c on, all of one block
+template <typename T, int NQ, int R>
+void mem_weigh_columns(int64_t n, int64_t c, int64_t d, const float * s, int64_t stride, const char * v, size_t row_size, float * o) {
+    GGML_F32_VEC acc[NQ][R];
+    for (int j = 0; j < NQ; j++) {
+        for (int r = 0; r < R; r++) {
+            acc[j][r] = GGML_F32_VEC_LOAD(o + j*d + c + r*GGML_F32_EPR);
         }
-        for (int64_t i = 0; i < n; i++) {
-            GGML_F32_VEC x[R];
-            for (int r = 0; r < R; r++) {
-                x[r] = GGML_F32_VEC_LOAD(v + i*d + c + r*GGML_F32_EPR);
-            }
+    }
+    for (int64_t i = 0; i < n; i++, v += row_size) {
+        const float scale = T::scale(v, c);
+        GGML_F32_VEC w[NQ];
+        for (int j = 0; j < NQ; j++) {
+            w[j] = GGML_F32_VEC_SET1(s[j*stride + i]*scale);
+        }
+        for (int r = 0; r < R; r++) {
+            const GGML_F32_VEC x = T::load(v, c + r*GGML_F32_EPR);
             for (int j = 0; j < NQ; j++) {
-                const GGML_F32_VEC w = GGML_F32_VEC_SET1(s[j*stride + i]);
-                for (int r = 0; r < R; r++) {
-                    acc[j][r] = GGML_F32_VEC_FMA(acc[j][r], x[r], w);
-                }
+                acc[j][r] = GGML_F32_VEC_FMA(acc[j][r], x, w[j]);
             }
         }
-        for (int j = 0; j < NQ; j++) {
-            for (int r = 0; r < R; r++) {
-                GGML_F32_VEC_STORE(o + j*d + c + r*GGML_F32_EPR, acc[j][r]);
-            }
+    }
+    for (int j = 0; j < NQ; j++) {
+        for (int r = 0; r < R; r++) {
+            GGML_F32_VEC_STORE(o + j*d + c + r*GGML_F32_EPR, acc[j][r]);
         }
+    }
+}
+#endif
+
+// o[j] += sum_i s[j*stride + i]*v[i] for n rows of size d and NQ queries
+template <typename T, int NQ>
+void mem_weigh(int64_t n, int64_t d, const float * s, int64_t stride, const char * v, size_t row_size, float * o) {
+    int64_t c = 0;
+#if defined(MEM_SIMD)
+    constexpr int R = std::min(NQ < 4 ? 4 : 2, 32/GGML_F32_EPR); // what fits into 16 registers, and into a block
+    for (; c + R*GGML_F32_EPR <= d; c += R*GGML_F32_EPR) {
+        mem_weigh_columns<T, NQ, R>(n, c, d, s, stride, v, row_size, o);
+    }
+    for (; c + GGML_F32_EPR <= d; c += GGML_F32_EPR) {
+        mem_weigh_columns<T, NQ, 1>(n, c, d, s, stride, v, row_size, o);
     }
 #endif
     for (; c < d; c++) {
-        for (int j = 0; j < NQ; j++) {
-            for (int64_t i = 0; i < n; i++) {
-                o[j*d + c] += s[j*stride + i]*v[i*d + c];
+        for (int64_t i = 0; i < n; i++) {
+            const float x = T::value(v + i*row_size, c)*T::scale(v + i*row_size, c);
+            for (int j = 0; j < NQ; j++) {
+                o[j*d + c] += s[j*stride + i]*x;
             }
         }
+    }
+}
+
+// calls f with the type of the rows of a table
+template <typename F>
+void mem_by_type(const ggml_tensor * table, F f) {
+    switch (table->type) {
+        case GGML_TYPE_F32:  f(mem_row_f32());  break;
+        case GGML_TYPE_F16:  f(mem_row_f16());  break;
+        case GGML_TYPE_Q8_0: f(mem_row_q8_0()); break;
+        default: GGML_ABORT("fatal error");
     }
 }
 
@@ -328,13 +450,15 @@ struct mem_work {
     // scale*key*q + bias of n rows from i0 on, for n_q loaded queries, to s
     void score(const mem_args & a, int64_t i0, int64_t n, int64_t n_q, float scale) const {
         const int64_t d = a.n_embd_k;
-        mem_to_f32(a.key, i0, n, k);
-
         if (n_q < MEM_GEMM_MIN_QUERIES) {
-            mem_by_four(n_q, [&](auto nq, int64_t j) {
-                mem_dot<nq>(n, d, k, q + j*d, s + j*MEM_TILE_ROWS, MEM_TILE_ROWS);
+            const char * rows = (const char *) a.key->data + i0*a.key->nb[1];
+            mem_by_type(a.key, [&](auto type) {
+                mem_by_four(n_q, [&](auto nq, int64_t j) {
+                    mem_dot<decltype(type), nq>(n, d, rows, a.key->nb[1], q + j*d, s + j*MEM_TILE_ROWS, MEM_TILE_ROWS);
+                });
             });
         } else {
+            mem_to_f32(a.key, i0, n, k);
             if (n < MEM_TILE_ROWS) {
                 memset(k_t, 0, d*MEM_TILE_ROWS*sizeof(float));
             }
@@ -361,6 +485,10 @@ struct mem_work {
         for (; i0 < i1; i0 += MEM_TILE_ROWS) {
             const int64_t n = std::min(MEM_TILE_ROWS, i1 - i0);
 
+            // values are used after the keys, and by then the keys of the next tile are on their way as well
+            mem_prefetch((const char *) a.value->data + i0*a.value->nb[1], n*a.value->nb[1]);
+            mem_prefetch((const char *) a.key->data + (i0 + n)*a.key->nb[1], std::min(MEM_TILE_ROWS, i1 - i0 - n)*a.key->nb[1]);
+
             score(a, i0, n, n_q, a.scale);
 
             for (int64_t j = 0; j < n_q; j++) {
@@ -370,12 +498,15 @@ struct mem_work {
                 acc.sum[j] += ggml_vec_soft_max_f32(n, row, row, acc.raise(j, max));
             }
 
-            mem_to_f32(a.value, i0, n, v);
             if (n_q < MEM_GEMM_MIN_QUERIES) {
-                mem_by_four(n_q, [&](auto nq, int64_t j) {
-                    mem_weigh<nq>(n, d, s + j*MEM_TILE_ROWS, MEM_TILE_ROWS, v, acc.o + j*d);
+                const char * rows = (const char *) a.value->data + i0*a.value->nb[1];
+                mem_by_type(a.value, [&](auto type) {
+                    mem_by_four(n_q, [&](auto nq, int64_t j) {
+                        mem_weigh<decltype(type), nq>(n, d, s + j*MEM_TILE_ROWS, MEM_TILE_ROWS, rows, a.value->nb[1], acc.o + j*d);
+                    });
                 });
             } else {
+                mem_to_f32(a.value, i0, n, v);
                 // rows beyond the last have no weight
                 for (int64_t j = 0; j < n_q; j++) {
                     std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, 0.0f);
@@ -417,41 +548,24 @@ struct mem_work {
 // lookup
 //
 
-void mem_prefetch(const void * data, size_t size) {
-#if defined(__GNUC__)
-    for (size_t offs = 0; offs < size; offs += CACHE_LINE_SIZE) {
-        __builtin_prefetch((const char *) data + offs);
-    }
-#else
-    GGML_UNUSED(data);
-    GGML_UNUSED(size);
-#endif
-}
-
-// rows of a table, scored against one query
+// rows of the keys of a head, scored against one query
 struct mem_rows {
+    const ggml_tensor * table;
     const char  * key;
     const float * bias;
-    size_t        row_size;
-    int64_t       n_embd;
+    const float * q;
     float         scale;
-    ggml_vec_dot_t vec_dot;
-    const void  * q;      // converted to the type that vec_dot wants
-    const void  * q_rest; // what the conversion to Q8_0 left of q, converted again
 
     float score(int64_t i) const {
         float s;
-        vec_dot((int) n_embd, &s, 0, key + i*row_size, 0, q, 0, 1);
-        if (q_rest) {
-            float s_rest;
-            vec_dot((int) n_embd, &s_rest, 0, key + i*row_size, 0, q_rest, 0, 1);
-            s += s_rest;
-        }
+        mem_by_type(table, [&](auto type) {
+            mem_dot<decltype(type), 1>(1, table->ne[0], key + i*table->nb[1], table->nb[1], q, &s, 1);
+        });
         return s*scale + bias[i];
     }
 
     void prefetch(int64_t i) const {
-        mem_prefetch(key + i*row_size, row_size);
+        mem_prefetch(key + i*table->nb[1], table->nb[1]);
     }
 };
 
@@ -460,47 +574,11 @@ struct mem_search {
     std::vector<mem_candidate> found; // the best so far, a min-heap
     std::vector<int32_t>       next;  // HNSW: neighbours not visited yet
 
-    std::vector<uint8_t>  q;          // one query row in the type of the dot product
-    std::vector<uint8_t>  q_rest;
-    std::vector<float>    rest;
     std::vector<uint32_t> visited;    // per entry, equal to epoch when visited in this search
     uint32_t              epoch = 0;
 
-    mem_rows rows(const mem_args & a, int64_t h, const float * x, float scale) {
-        const auto * traits = ggml_get_type_traits_cpu(a.key->type);
-
-        mem_rows res;
-        res.key      = (const char *) a.key->data + a.offset[h]*a.key->nb[1];
-        res.bias     = (const float *) a.bias->data + a.offset[h];
-        res.row_size = a.key->nb[1];
-        res.n_embd   = a.n_embd_k;
-        res.scale    = scale;
-        res.vec_dot  = traits->vec_dot;
-        res.q        = x;
-        res.q_rest   = nullptr;
-
-        const ggml_type type = traits->vec_dot_type;
-
-        auto convert = [&](const float * y, std::vector<uint8_t> & buf) {
-            buf.resize(ggml_row_size(type, a.n_embd_k));
-            ggml_get_type_traits_cpu(type)->from_float(y, buf.data(), a.n_embd_k);
-            return buf.data();
-        };
-
-        if (type != GGML_TYPE_F32) {
-            res.q = convert(x, q);
-        }
-        // one Q8_0 row would round q too coarsely, the sum of two keeps more of it than F16 does
-        if (type == GGML_TYPE_Q8_0) {
-            rest.resize(a.n_embd_k);
-            ggml_get_type_traits(type)->to_float(q.data(), rest.data(), a.n_embd_k);
-            for (int64_t i = 0; i < a.n_embd_k; i++) {
-                rest[i] = x[i] - rest[i];
-            }
-            res.q_rest = convert(rest.data(), q_rest);
-        }
-
-        return res;
+    static mem_rows rows(const mem_args & a, int64_t h, const float * q, float scale) {
+        return { a.key, (const char *) a.key->data + a.offset[h]*a.key->nb[1], (const float *) a.bias->data + a.offset[h], q, scale };
     }
 
     void keep(float s, int32_t i, size_t k) {
