@@ -153,38 +153,41 @@ void mem_to_f32(const ggml_tensor * table, int64_t i0, int64_t n, float * y) {
 #define MEM_SIMD
 #endif
 
-// types of rows: GGML_F32_EPR values from column c on as F32, and what all values of a block are multiplied by
+// types of rows
+//   at     where column c of a row is
+//   value  the l-th value from there on, in the same block
+//   load   GGML_F32_EPR of them
+//   scale  what the values of the block of column c are multiplied by
 
 struct mem_row_f32 {
-    static constexpr bool    scaled = false;
-    static constexpr int64_t block  = 1;
+    static constexpr bool scaled = false;
 
-    static float value(const char * row, int64_t c) { return ((const float *) row)[c]; }
+    static const float * at(const char * row, int64_t c) { return (const float *) row + c; }
+    static float value(const float * x, int64_t l) { return x[l]; }
     static float scale(const char * /*row*/, int64_t /*c*/) { return 1.0f; }
 #if defined(MEM_SIMD)
-    static GGML_F32_VEC load(const char * row, int64_t c) { return GGML_F32_VEC_LOAD((const float *) row + c); }
+    static GGML_F32_VEC load(const float * x, int64_t l) { return GGML_F32_VEC_LOAD(x + l); }
 #endif
 };
 
 struct mem_row_f16 {
-    static constexpr bool    scaled = false;
-    static constexpr int64_t block  = 1;
+    static constexpr bool scaled = false;
 
-    static float value(const char * row, int64_t c) { return GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) row)[c]); }
+    static const ggml_fp16_t * at(const char * row, int64_t c) { return (const ggml_fp16_t *) row + c; }
+    static float value(const ggml_fp16_t * x, int64_t l) { return GGML_CPU_FP16_TO_FP32(x[l]); }
     static float scale(const char * /*row*/, int64_t /*c*/) { return 1.0f; }
 #if defined(MEM_SIMD)
-    static GGML_F32_VEC load(const char * row, int64_t c) {
-        const ggml_fp16_t * x = (const ggml_fp16_t *) row + c;
+    static GGML_F32_VEC load(const ggml_fp16_t * x, int64_t l) {
 #if defined(__AVX512F__)
-        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x));
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (x + l)));
 #elif defined(__F16C__)
-        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x));
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (x + l)));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-        return vcvt_f32_f16(vld1_f16((const __fp16 *) x));
+        return vcvt_f32_f16(vld1_f16((const __fp16 *) (x + l)));
 #else
         float y[GGML_F32_EPR];
         for (int i = 0; i < GGML_F32_EPR; i++) {
-            y[i] = GGML_CPU_FP16_TO_FP32(x[i]);
+            y[i] = GGML_CPU_FP16_TO_FP32(x[l + i]);
         }
         return GGML_F32_VEC_LOAD(y);
 #endif
@@ -193,22 +196,21 @@ struct mem_row_f16 {
 };
 
 struct mem_row_q8_0 {
-    static constexpr bool    scaled = true;
-    static constexpr int64_t block  = QK8_0;
+    static constexpr bool scaled = true;
 
-    static float value(const char * row, int64_t c) { return ((const block_q8_0 *) row)[c/QK8_0].qs[c%QK8_0]; }
+    static const int8_t * at(const char * row, int64_t c) { return ((const block_q8_0 *) row)[c/QK8_0].qs + c%QK8_0; }
+    static float value(const int8_t * x, int64_t l) { return x[l]; }
     static float scale(const char * row, int64_t c) { return GGML_CPU_FP16_TO_FP32(((const block_q8_0 *) row)[c/QK8_0].d); }
 #if defined(MEM_SIMD)
-    static GGML_F32_VEC load(const char * row, int64_t c) {
-        const int8_t * x = ((const block_q8_0 *) row)[c/QK8_0].qs + c%QK8_0;
+    static GGML_F32_VEC load(const int8_t * x, int64_t l) {
 #if defined(__AVX512F__)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) x)));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (x + l))));
 #elif defined(__AVX2__)
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) x)));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (x + l))));
 #else
         float y[GGML_F32_EPR];
         for (int i = 0; i < GGML_F32_EPR; i++) {
-            y[i] = x[i];
+            y[i] = x[l + i];
         }
         return GGML_F32_VEC_LOAD(y);
 #endif
@@ -227,29 +229,22 @@ void mem_dot(int64_t n, int64_t d, const char * k, size_t row_size, const float 
         for (int j = 0; j < NQ; j++) {
             acc[j] = GGML_F32_VEC_ZERO;
         }
-        if (T::scaled) {
-            for (; c < d; c += T::block) {
-                GGML_F32_VEC part[NQ];
+        constexpr int64_t step = T::scaled ? QK8_0 : GGML_F32_EPR;
+        for (; c + step <= d; c += step) {
+            const auto * x = T::at(k, c);
+            GGML_F32_VEC part[NQ];
+            for (int j = 0; j < NQ; j++) {
+                part[j] = T::scaled ? GGML_F32_VEC_ZERO : acc[j];
+            }
+            for (int64_t l = 0; l < step; l += GGML_F32_EPR) {
+                const GGML_F32_VEC y = T::load(x, l);
                 for (int j = 0; j < NQ; j++) {
-                    part[j] = GGML_F32_VEC_ZERO;
-                }
-                for (int64_t l = c; l < c + T::block; l += GGML_F32_EPR) {
-                    const GGML_F32_VEC x = T::load(k, l);
-                    for (int j = 0; j < NQ; j++) {
-                        part[j] = GGML_F32_VEC_FMA(part[j], x, GGML_F32_VEC_LOAD(q + j*d + l));
-                    }
-                }
-                const GGML_F32_VEC scale = GGML_F32_VEC_SET1(T::scale(k, c));
-                for (int j = 0; j < NQ; j++) {
-                    acc[j] = GGML_F32_VEC_FMA(acc[j], part[j], scale);
+                    part[j] = GGML_F32_VEC_FMA(part[j], y, GGML_F32_VEC_LOAD(q + j*d + c + l));
                 }
             }
-        } else {
-            for (; c + GGML_F32_EPR <= d; c += GGML_F32_EPR) {
-                const GGML_F32_VEC x = T::load(k, c);
-                for (int j = 0; j < NQ; j++) {
-                    acc[j] = GGML_F32_VEC_FMA(acc[j], x, GGML_F32_VEC_LOAD(q + j*d + c));
-                }
+            const GGML_F32_VEC scale = GGML_F32_VEC_SET1(T::scale(k, c));
+            for (int j = 0; j < NQ; j++) {
+                acc[j] = T::scaled ? GGML_F32_VEC_FMA(acc[j], part[j], scale) : part[j];
             }
         }
         for (int j = 0; j < NQ; j++) {
@@ -264,7 +259,7 @@ void mem_dot(int64_t n, int64_t d, const char * k, size_t row_size, const float 
         }
 #endif
         for (; c < d; c++) {
-            const float x = T::value(k, c)*T::scale(k, c);
+            const float x = T::value(T::at(k, c), 0)*T::scale(k, c);
             for (int j = 0; j < NQ; j++) {
                 sum[j] += x*q[j*d + c];
             }
@@ -276,7 +271,7 @@ void mem_dot(int64_t n, int64_t d, const char * k, size_t row_size, const float 
 }
 
 #if defined(MEM_SIMD)
-// R vectors of columns from c on, all of one block
+// R vectors of columns from c on
 template <typename T, int NQ, int R>
 void mem_weigh_columns(int64_t n, int64_t c, int64_t d, const float * s, int64_t stride, const char * v, size_t row_size, float * o) {
     GGML_F32_VEC acc[NQ][R];
@@ -286,15 +281,15 @@ void mem_weigh_columns(int64_t n, int64_t c, int64_t d, const float * s, int64_t
         }
     }
     for (int64_t i = 0; i < n; i++, v += row_size) {
-        const float scale = T::scale(v, c);
-        GGML_F32_VEC w[NQ];
-        for (int j = 0; j < NQ; j++) {
-            w[j] = GGML_F32_VEC_SET1(s[j*stride + i]*scale);
-        }
+        const auto * v_c = T::at(v, c);
+        GGML_F32_VEC x[R];
         for (int r = 0; r < R; r++) {
-            const GGML_F32_VEC x = T::load(v, c + r*GGML_F32_EPR);
-            for (int j = 0; j < NQ; j++) {
-                acc[j][r] = GGML_F32_VEC_FMA(acc[j][r], x, w[j]);
+            x[r] = T::load(v_c, r*GGML_F32_EPR);
+        }
+        for (int j = 0; j < NQ; j++) {
+            const GGML_F32_VEC w = GGML_F32_VEC_SET1(s[j*stride + i]);
+            for (int r = 0; r < R; r++) {
+                acc[j][r] = GGML_F32_VEC_FMA(acc[j][r], x[r], w);
             }
         }
     }
@@ -306,22 +301,40 @@ void mem_weigh_columns(int64_t n, int64_t c, int64_t d, const float * s, int64_t
 }
 #endif
 
-// o[j] += sum_i s[j*stride + i]*v[i] for n rows of size d and NQ queries
+// o[j] += sum_i s[j*stride + i]*v[i] for n rows of size d, one tile at most, and NQ queries
 template <typename T, int NQ>
 void mem_weigh(int64_t n, int64_t d, const float * s, int64_t stride, const char * v, size_t row_size, float * o) {
     int64_t c = 0;
 #if defined(MEM_SIMD)
-    constexpr int R = std::min(NQ < 4 ? 4 : 2, 32/GGML_F32_EPR); // what fits into 16 registers, and into a block
-    for (; c + R*GGML_F32_EPR <= d; c += R*GGML_F32_EPR) {
-        mem_weigh_columns<T, NQ, R>(n, c, d, s, stride, v, row_size, o);
-    }
-    for (; c + GGML_F32_EPR <= d; c += GGML_F32_EPR) {
-        mem_weigh_columns<T, NQ, 1>(n, c, d, s, stride, v, row_size, o);
+    constexpr int R = std::min(NQ < 3 ? 4 : 2, 32/GGML_F32_EPR); // what fits into 16 registers, and divides a block
+    if (T::scaled) {
+        for (; c < d; c += QK8_0) {
+            float scale[MEM_TILE_ROWS];
+            float w[NQ*MEM_TILE_ROWS];
+            for (int64_t i = 0; i < n; i++) {
+                scale[i] = T::scale(v + i*row_size, c);
+            }
+            for (int j = 0; j < NQ; j++) {
+                for (int64_t i = 0; i < n; i++) {
+                    w[j*MEM_TILE_ROWS + i] = s[j*stride + i]*scale[i];
+                }
+            }
+            for (int64_t l = c; l < c + QK8_0; l += R*GGML_F32_EPR) {
+                mem_weigh_columns<T, NQ, R>(n, l, d, w, MEM_TILE_ROWS, v, row_size, o);
+            }
+        }
+    } else {
+        for (; c + R*GGML_F32_EPR <= d; c += R*GGML_F32_EPR) {
+            mem_weigh_columns<T, NQ, R>(n, c, d, s, stride, v, row_size, o);
+        }
+        for (; c + GGML_F32_EPR <= d; c += GGML_F32_EPR) {
+            mem_weigh_columns<T, NQ, 1>(n, c, d, s, stride, v, row_size, o);
+        }
     }
 #endif
     for (; c < d; c++) {
         for (int64_t i = 0; i < n; i++) {
-            const float x = T::value(v + i*row_size, c)*T::scale(v + i*row_size, c);
+            const float x = T::value(T::at(v + i*row_size, c), 0)*T::scale(v + i*row_size, c);
             for (int j = 0; j < NQ; j++) {
                 o[j*d + c] += s[j*stride + i]*x;
             }
@@ -413,6 +426,18 @@ struct mem_acc {
     }
 };
 
+// of the scores of a tile
+float mem_tile_max(const float * x) {
+    float max[8]; // one lane each, so that the loop is vectorized
+    std::copy(x, x + 8, max);
+    for (int64_t i = 8; i < MEM_TILE_ROWS; i += 8) {
+        for (int l = 0; l < 8; l++) {
+            max[l] = std::max(max[l], x[i + l]);
+        }
+    }
+    return *std::max_element(max, max + 8);
+}
+
 // what one thread works with
 struct mem_work {
     float * q;     // [MEM_TILE_QUERIES][n_embd_k]
@@ -447,7 +472,7 @@ struct mem_work {
         }
     }
 
-    // scale*key*q + bias of n rows from i0 on, for n_q loaded queries, to s
+    // scale*key*q + bias of n rows from i0 on, for n_q loaded queries, to s; -INFINITY fills up the tile
     void score(const mem_args & a, int64_t i0, int64_t n, int64_t n_q, float scale) const {
         const int64_t d = a.n_embd_k;
         if (n_q < MEM_GEMM_MIN_QUERIES) {
@@ -476,6 +501,7 @@ struct mem_work {
             for (int64_t i = 0; i < n; i++) {
                 s[j*MEM_TILE_ROWS + i] = s[j*MEM_TILE_ROWS + i]*scale + bias[i];
             }
+            std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, -INFINITY);
         }
     }
 
@@ -493,9 +519,7 @@ struct mem_work {
 
             for (int64_t j = 0; j < n_q; j++) {
                 float * row = s + j*MEM_TILE_ROWS;
-                float max;
-                ggml_vec_max_f32(n, &max, row);
-                acc.sum[j] += ggml_vec_soft_max_f32(n, row, row, acc.raise(j, max));
+                acc.sum[j] += ggml_vec_soft_max_f32(n, row, row, acc.raise(j, mem_tile_max(row)));
             }
 
             if (n_q < MEM_GEMM_MIN_QUERIES) {
@@ -525,17 +549,8 @@ struct mem_work {
             score(a, i0, n, n_q, 1.0f);
 
             for (int64_t j = 0; j < n_q; j++) {
-                float * row = s + j*MEM_TILE_ROWS;
-                std::fill(row + n, row + MEM_TILE_ROWS, -INFINITY);
-
-                float max[8];
-                std::copy(row, row + 8, max);
-                for (int64_t i = 8; i < MEM_TILE_ROWS; i += 8) {
-                    for (int l = 0; l < 8; l++) {
-                        max[l] = std::max(max[l], row[i + l]);
-                    }
-                }
-                const float top = *std::max_element(max, max + 8);
+                const float * row = s + j*MEM_TILE_ROWS;
+                const float   top = mem_tile_max(row);
                 if (top > best[j].first) {
                     best[j] = { top, (int32_t) (i0 - a.offset[h] + (std::find(row, row + n, top) - row)) };
                 }
