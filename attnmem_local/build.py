@@ -36,7 +36,7 @@ HELD_OUT = 12  # one of so many windows is not built from, but measured on
 LATER = 8  # one of so many windows begins at a later position
 FAR = 8192
 SHARE = 1 / 8  # of the prefix's KV bytes, if nothing else is asked for, and at most
-READ = 1 / 12  # of the bytes of the weights in 4.5 bits: a token reads the weights and the memory, and costs what it reads
+READ = 1 / 20  # of the bytes of the weights in 4.5 bits: a token reads the weights and the memory, and costs what it reads
 
 
 def build_memory(

@@ -218,6 +218,32 @@ struct mem_row_q8_0 {
 #endif
 };
 
+#if defined(MEM_SIMD)
+// NQ vectors, 4 at most, to the sums of their lanes
+template <int NQ>
+void mem_sum_lanes(const GGML_F32_VEC * x, float * sum) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256 ab = _mm256_hadd_ps(x[0], x[std::min(1, NQ - 1)]);
+    const __m256 cd = _mm256_hadd_ps(x[std::min(2, NQ - 1)], x[NQ - 1]);
+    const __m256 y  = _mm256_hadd_ps(ab, cd);
+    float res[4];
+    _mm_storeu_ps(res, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+    std::copy(res, res + NQ, sum);
+#else
+    for (int j = 0; j < NQ; j++) {
+        float lane[GGML_F32_EPR];
+        GGML_F32_VEC_STORE(lane, x[j]);
+        for (int l = GGML_F32_EPR/2; l > 0; l /= 2) {
+            for (int m = 0; m < l; m++) {
+                lane[m] += lane[m + l];
+            }
+        }
+        sum[j] = lane[0];
+    }
+#endif
+}
+#endif
+
 // s[j*stride + i] = k[i]*q[j] for n rows of size d and NQ queries; a row is read once for all of them
 template <typename T, int NQ>
 void mem_dot(int64_t n, int64_t d, const char * k, size_t row_size, const float * q, float * s, int64_t stride) {
@@ -247,16 +273,7 @@ void mem_dot(int64_t n, int64_t d, const char * k, size_t row_size, const float 
                 acc[j] = T::scaled ? GGML_F32_VEC_FMA(acc[j], part[j], scale) : part[j];
             }
         }
-        for (int j = 0; j < NQ; j++) {
-            float lane[GGML_F32_EPR];
-            GGML_F32_VEC_STORE(lane, acc[j]);
-            for (int l = GGML_F32_EPR/2; l > 0; l /= 2) {
-                for (int m = 0; m < l; m++) {
-                    lane[m] += lane[m + l];
-                }
-            }
-            sum[j] = lane[0];
-        }
+        mem_sum_lanes<NQ>(acc, sum);
 #endif
         for (; c < d; c++) {
             const float x = T::value(T::at(k, c), 0)*T::scale(k, c);
