@@ -6,7 +6,7 @@ For the default model, and for random weights with the shape of Llama-3.2-1B in 
 default build makes them, filled with random numbers (shapes.py). Modes take turns token by token, and a ratio is the
 median over these turns. All run with flash attention. The full prefix is run as far as its prefill takes no more than a minute or two.
 Cold start: a process of its own, from its start to the first token after 16 live ones; peak RSS is that process's.
-A run of everything is written with date to results/, with a plot of ms per token.
+A run over all lengths is written with date to results/ as it goes, with a plot of ms per token at the end.
 """
 
 import json
@@ -35,7 +35,7 @@ MODELS = {"default": (DEFAULT_MODEL, (512, 2048, 4096, 7600)), "1b": (BUILD / "l
 LONGEST = {("default", "full"): 7600, ("default", "full-q8"): 2048, ("1b", "full"): 2048, ("1b", "full-q8"): 0}  # prefills take minutes
 MODES = ("none", "full", "full-q8", "memory-scan", "memory-hnsw")
 LIVE, N_PREFILL, N_DECODE = 64, 512, 24
-console = Console(stderr=True)
+console = Console(stderr=True, width=170)
 
 
 @click.command()
@@ -51,13 +51,14 @@ def main(models: tuple[str, ...], lengths: tuple[int, ...], rounds: int, threads
         if name == "1b" and not path.exists():
             write_llama_1b(path)
         for n in lengths or all_lengths:
-            console.print(f"{name}, {n} prefix tokens", highlight=False)
             rows += measure(name, path, n, [m for m in MODES if n <= LONGEST.get((name, m), n)], rounds, threads)
-    result = {"date": date.today().isoformat(), "threads": threads, "rows": rows}
-    if models == tuple(MODELS) and not lengths:
-        (RESULTS / f"{result['date']}-decode-cpu.json").write_text(json.dumps(result, indent=2) + "\n")
-        plot(rows, RESULTS / f"{result['date']}-decode-cpu.png")
-    Console(width=170, stderr=as_json).print(table(rows))
+            result = {"date": date.today().isoformat(), "threads": threads, "rows": rows}
+            console.print(table([row for row in rows if (row["model"], row["prefix_tokens"]) == (name, n)]))
+            if not lengths:
+                part = RESULTS / f"{result['date']}-decode-cpu-{'-'.join(models)}"
+                part.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    if not lengths:
+        plot(rows, part.with_suffix(".png"))
     if as_json:
         click.echo(json.dumps(result))
 
@@ -149,13 +150,14 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(MODELS), figsize=(11, 4))
-    for axis, name in zip(axes, MODELS):
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5.5 * len(names), 4), squeeze=False)
+    for axis, name in zip(axes[0], names):
         for mode in MODES:
             own = [row for row in rows if row["model"] == name and row["mode"] == mode]
             axis.plot([row["prefix_tokens"] for row in own], [row["ms_per_token"] for row in own], marker="o", label=mode)
         axis.set(title=name, xlabel="prefix tokens", ylabel="ms per token", xscale="log", ylim=0)
-    axes[0].legend()
+    axes[0, 0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
