@@ -32,9 +32,8 @@ def test_states(tiny, kind):
     q = 3 * np.random.default_rng(0).standard_normal((50, spec.head_count, spec.key_length)).astype(np.float32)
     for layer in range(spec.block_count):
         error = relative_error(native.state(llama.memories[0].memory.handle, layer, q, "scan"), reference_states(memory, layer, q))
-        # the runtime rounds q to float16, so a few queries on the border of two cells may find the other entry
-        assert np.mean(error < 2e-3) > 0.98
-        assert np.median(error) < 1e-3
+        # of two entries with nearly the same score either may be found
+        assert np.mean(error < 1e-4) > 0.99
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["f16", "q8_0"])
@@ -50,8 +49,7 @@ def test_states_of_all_kinds(tiny32, mixed):
     q = random_queries(np.random.default_rng(1), 100, spec.head_count, spec.key_length)
     for layer in range(spec.block_count):
         error = relative_error(native.state(handle, layer, q, "scan"), reference_states(memory, layer, q))
-        assert np.mean(error < 1e-3) > 0.99
-        assert np.median(error) < 2e-5
+        assert np.mean(error < 1e-4) > 0.99
 
 
 @pytest.mark.parametrize("n_live", [1, 3, 40])

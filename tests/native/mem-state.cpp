@@ -287,9 +287,7 @@ int main() {
                     }
                 }
             }
-            // the search for the top k rounds q to the type that goes with the keys
-            const bool rounded = kind == GGML_MEM_TOKEN && type != GGML_TYPE_F32;
-            ok &= report(kinds[kind], ggml_type_name(type), worst_but(errors, kind == GGML_MEM_ANCHOR ? 0.0 : 0.005), rounded ? 1e-2 : 5e-5);
+            ok &= report(kinds[kind], ggml_type_name(type), worst_but(errors, kind == GGML_MEM_ANCHOR ? 0.0 : 0.005), 5e-5);
         }
 
         double worst = 0;
