@@ -1,6 +1,7 @@
 // GGML_OP_MEM_STATE on the CPU: attention over the anchors of a memory, and lookups by exact scan or HNSW
 //
-// The query heads of a KV head share its table: a tile of rows is converted to F32 once and meets all of their queries.
+// The query heads of a KV head share its table. Few queries: each row is read in place, once for all of them. Many: rows are
+// converted to F32 in tiles, and scores and sums are matrix products.
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
