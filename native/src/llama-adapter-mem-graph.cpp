@@ -14,7 +14,7 @@ static constexpr float    MEM_MAX_GAIN  = 1e4f;
 static constexpr uint64_t MEM_MAX_NODES = 1 << 20;
 
 // tables below this size are scanned faster than their HNSW graph is walked
-static constexpr int32_t MEM_HNSW_MIN_ENTRIES = 1024;
+static constexpr int32_t MEM_HNSW_MIN_ENTRIES = 2048;
 
 llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup)
     : lookup(lookup) {

@@ -1,0 +1,287 @@
+// Rows of a table of a memory, read in place: F32, F16 or Q8_0
+#pragma once
+
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+#include "ops.h"
+#include "simd-mappings.h"
+
+#include <algorithm>
+#include <type_traits>
+
+constexpr int64_t MEM_TILE_ROWS = 32;
+
+static void mem_prefetch(const void * data, size_t size) {
+#if defined(__GNUC__)
+    for (size_t offs = 0; offs < size; offs += CACHE_LINE_SIZE) {
+        __builtin_prefetch((const char *) data + offs);
+    }
+#else
+    GGML_UNUSED(data);
+    GGML_UNUSED(size);
+#endif
+}
+
+#if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
+#define MEM_SIMD
+#endif
+
+// types of rows
+//   at     where column c of a row is
+//   value  the value there
+//   load   GGML_F32_EPR values from the l-th on, in the same block
+//   scale  what the values of the block of column c are multiplied by
+
+struct mem_row_f32 {
+    static constexpr bool scaled = false;
+
+    static const float * at(const char * row, int64_t c) { return (const float *) row + c; }
+    static float value(const float * x) { return *x; }
+    static float scale(const char * /*row*/, int64_t /*c*/) { return 1.0f; }
+#if defined(MEM_SIMD)
+    static GGML_F32_VEC load(const float * x, int64_t l) { return GGML_F32_VEC_LOAD(x + l); }
+#endif
+};
+
+struct mem_row_f16 {
+    static constexpr bool scaled = false;
+
+    static const ggml_fp16_t * at(const char * row, int64_t c) { return (const ggml_fp16_t *) row + c; }
+    static float value(const ggml_fp16_t * x) { return GGML_CPU_FP16_TO_FP32(*x); }
+    static float scale(const char * /*row*/, int64_t /*c*/) { return 1.0f; }
+#if defined(MEM_SIMD)
+    static GGML_F32_VEC load(const ggml_fp16_t * x, int64_t l) {
+#if defined(__AVX512F__)
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (x + l)));
+#elif defined(__F16C__)
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (x + l)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+        return vcvt_f32_f16(vld1_f16((const __fp16 *) (x + l)));
+#else
+        float y[GGML_F32_EPR];
+        for (int i = 0; i < GGML_F32_EPR; i++) {
+            y[i] = GGML_CPU_FP16_TO_FP32(x[l + i]);
+        }
+        return GGML_F32_VEC_LOAD(y);
+#endif
+    }
+#endif
+};
+
+struct mem_row_q8_0 {
+    static constexpr bool scaled = true;
+
+    static const int8_t * at(const char * row, int64_t c) { return ((const block_q8_0 *) row)[c/QK8_0].qs + c%QK8_0; }
+    static float value(const int8_t * x) { return *x; }
+    static float scale(const char * row, int64_t c) { return GGML_CPU_FP16_TO_FP32(((const block_q8_0 *) row)[c/QK8_0].d); }
+#if defined(MEM_SIMD)
+    static GGML_F32_VEC load(const int8_t * x, int64_t l) {
+#if defined(__AVX512F__)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (x + l))));
+#elif defined(__AVX2__)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (x + l))));
+#else
+        float y[GGML_F32_EPR];
+        for (int i = 0; i < GGML_F32_EPR; i++) {
+            y[i] = x[l + i];
+        }
+        return GGML_F32_VEC_LOAD(y);
+#endif
+    }
+#endif
+};
+
+#if defined(MEM_SIMD)
+// NQ vectors, 4 at most, to the sums of their lanes
+template <int NQ>
+static void mem_sum_lanes(const GGML_F32_VEC * x, float * sum) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256 ab = _mm256_hadd_ps(x[0], x[std::min(1, NQ - 1)]);
+    const __m256 cd = _mm256_hadd_ps(x[std::min(2, NQ - 1)], x[NQ - 1]);
+    const __m256 y  = _mm256_hadd_ps(ab, cd);
+    float res[4];
+    _mm_storeu_ps(res, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+    std::copy(res, res + NQ, sum);
+#else
+    for (int j = 0; j < NQ; j++) {
+        float lane[GGML_F32_EPR];
+        GGML_F32_VEC_STORE(lane, x[j]);
+        for (int l = GGML_F32_EPR/2; l > 0; l /= 2) {
+            for (int m = 0; m < l; m++) {
+                lane[m] += lane[m + l];
+            }
+        }
+        sum[j] = lane[0];
+    }
+#endif
+}
+#endif
+
+// sum[r*NQ + j] = k[r]*q[j] for NR rows of size d and NQ queries, of which NR*NQ is 4 at most
+template <typename T, int NR, int NQ>
+static inline void mem_dot(int64_t d, const char * const * k, const float * q, float * sum) {
+    std::fill(sum, sum + NR*NQ, 0.0f);
+    int64_t c = 0;
+#if defined(MEM_SIMD)
+    GGML_F32_VEC acc[NR*NQ];
+    for (int i = 0; i < NR*NQ; i++) {
+        acc[i] = GGML_F32_VEC_ZERO;
+    }
+    constexpr int64_t step = T::scaled ? QK8_0 : GGML_F32_EPR;
+    for (; c + step <= d; c += step) {
+        for (int r = 0; r < NR; r++) {
+            const auto * x = T::at(k[r], c);
+            GGML_F32_VEC part[NQ];
+            for (int j = 0; j < NQ; j++) {
+                part[j] = T::scaled ? GGML_F32_VEC_ZERO : acc[r*NQ + j];
+            }
+            for (int64_t l = 0; l < step; l += GGML_F32_EPR) {
+                const GGML_F32_VEC y = T::load(x, l);
+                for (int j = 0; j < NQ; j++) {
+                    part[j] = GGML_F32_VEC_FMA(part[j], y, GGML_F32_VEC_LOAD(q + j*d + c + l));
+                }
+            }
+            const GGML_F32_VEC scale = GGML_F32_VEC_SET1(T::scale(k[r], c));
+            for (int j = 0; j < NQ; j++) {
+                acc[r*NQ + j] = T::scaled ? GGML_F32_VEC_FMA(acc[r*NQ + j], part[j], scale) : part[j];
+            }
+        }
+    }
+    mem_sum_lanes<NR*NQ>(acc, sum);
+#endif
+    for (; c < d; c++) {
+        for (int r = 0; r < NR; r++) {
+            const float x = T::value(T::at(k[r], c))*T::scale(k[r], c);
+            for (int j = 0; j < NQ; j++) {
+                sum[r*NQ + j] += x*q[j*d + c];
+            }
+        }
+    }
+}
+
+#if defined(MEM_SIMD)
+// R vectors of columns from c on
+template <typename T, int NQ, int R>
+static void mem_weigh_columns(int64_t n, int64_t c, int64_t d, const float * s, int64_t stride, const char * v, size_t row_size, float * o) {
+    GGML_F32_VEC acc[NQ][R];
+    for (int j = 0; j < NQ; j++) {
+        for (int r = 0; r < R; r++) {
+            acc[j][r] = GGML_F32_VEC_LOAD(o + j*d + c + r*GGML_F32_EPR);
+        }
+    }
+    for (int64_t i = 0; i < n; i++, v += row_size) {
+        const auto * v_c = T::at(v, c);
+        GGML_F32_VEC x[R];
+        for (int r = 0; r < R; r++) {
+            x[r] = T::load(v_c, r*GGML_F32_EPR);
+        }
+        for (int j = 0; j < NQ; j++) {
+            const GGML_F32_VEC w = GGML_F32_VEC_SET1(s[j*stride + i]);
+            for (int r = 0; r < R; r++) {
+                acc[j][r] = GGML_F32_VEC_FMA(acc[j][r], x[r], w);
+            }
+        }
+    }
+    for (int j = 0; j < NQ; j++) {
+        for (int r = 0; r < R; r++) {
+            GGML_F32_VEC_STORE(o + j*d + c + r*GGML_F32_EPR, acc[j][r]);
+        }
+    }
+}
+#endif
+
+// o[j] += sum_i s[j*stride + i]*v[i] for n rows of size d, one tile at most, and NQ queries
+template <typename T, int NQ>
+static void mem_weigh(int64_t n, int64_t d, const float * s, int64_t stride, const char * v, size_t row_size, float * o) {
+    int64_t c = 0;
+#if defined(MEM_SIMD)
+    constexpr int R = std::min(NQ < 3 ? 4 : 2, 32/GGML_F32_EPR); // what fits into 16 registers, and divides a block
+    if (T::scaled) {
+        for (; c < d; c += QK8_0) {
+            float scale[MEM_TILE_ROWS];
+            float w[NQ*MEM_TILE_ROWS];
+            for (int64_t i = 0; i < n; i++) {
+                scale[i] = T::scale(v + i*row_size, c);
+            }
+            for (int j = 0; j < NQ; j++) {
+                for (int64_t i = 0; i < n; i++) {
+                    w[j*MEM_TILE_ROWS + i] = s[j*stride + i]*scale[i];
+                }
+            }
+            for (int64_t l = c; l < c + QK8_0; l += R*GGML_F32_EPR) {
+                mem_weigh_columns<T, NQ, R>(n, l, d, w, MEM_TILE_ROWS, v, row_size, o);
+            }
+        }
+    } else {
+        for (; c + R*GGML_F32_EPR <= d; c += R*GGML_F32_EPR) {
+            mem_weigh_columns<T, NQ, R>(n, c, d, s, stride, v, row_size, o);
+        }
+        for (; c + GGML_F32_EPR <= d; c += GGML_F32_EPR) {
+            mem_weigh_columns<T, NQ, 1>(n, c, d, s, stride, v, row_size, o);
+        }
+    }
+#endif
+    for (; c < d; c++) {
+        for (int64_t i = 0; i < n; i++) {
+            const float x = T::value(T::at(v + i*row_size, c))*T::scale(v + i*row_size, c);
+            for (int j = 0; j < NQ; j++) {
+                o[j*d + c] += s[j*stride + i]*x;
+            }
+        }
+    }
+}
+
+// a row of size d
+template <typename T>
+static void mem_row_to_f32(const char * row, int64_t d, float * y) {
+    int64_t c = 0;
+#if defined(MEM_SIMD)
+    for (; c + QK8_0 <= d; c += QK8_0) {
+        const auto *       x     = T::at(row, c);
+        const GGML_F32_VEC scale = GGML_F32_VEC_SET1(T::scale(row, c));
+        for (int64_t l = 0; l < QK8_0; l += GGML_F32_EPR) {
+            GGML_F32_VEC_STORE(y + c + l, GGML_F32_VEC_MUL(T::load(x, l), scale));
+        }
+    }
+#endif
+    for (; c < d; c++) {
+        y[c] = T::value(T::at(row, c))*T::scale(row, c);
+    }
+}
+
+// calls f with the type of the rows of a table
+template <typename F>
+static void mem_by_type(const ggml_tensor * table, F f) {
+    switch (table->type) {
+        case GGML_TYPE_F32:  f(mem_row_f32());  break;
+        case GGML_TYPE_F16:  f(mem_row_f16());  break;
+        case GGML_TYPE_Q8_0: f(mem_row_q8_0()); break;
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+// calls f with integral constants that add up to n, 4 at most
+template <typename F>
+static void mem_by_four(int64_t n, F f) {
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+        f(std::integral_constant<int, 4>(), j);
+    }
+    switch (n - j) {
+        case 3: f(std::integral_constant<int, 3>(), j); break;
+        case 2: f(std::integral_constant<int, 2>(), j); break;
+        case 1: f(std::integral_constant<int, 1>(), j); break;
+    }
+}
+
+// n rows of a table from i0 on
+static void mem_to_f32(const ggml_tensor * table, int64_t i0, int64_t n, float * y) {
+    mem_by_type(table, [&](auto type) {
+        for (int64_t i = 0; i < n; i++) {
+            mem_row_to_f32<decltype(type)>((const char *) table->data + (i0 + i)*table->nb[1], table->ne[0], y + i*table->ne[0]);
+        }
+    });
+}
