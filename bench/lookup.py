@@ -5,8 +5,9 @@
 Entries are live queries of one layer of the default model over real text after a real prefix, each a centroid of its own;
 the queries that look them up are of other text. Recall@1: how often HNSW finds the entry that the scan finds.
 Comparisons: rows of the table that are scored for one query, counted in a walk of the same graph in Python, which also
-has to find what the runtime finds. µs per query: one thread, in batches of 64 tokens, where the scan is a matrix product.
-A run is written with date to results/, with a plot.
+has to find what the runtime finds. µs per query: one thread, one token at a time (and with it the cost of a call), and in
+batches of 64 tokens, where the scan is a matrix product. A run is written with date to results/, with a plot. The captured
+queries are kept in build/.
 """
 
 import heapq
@@ -30,9 +31,9 @@ from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
 from scoring import report
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = (256, 1024, 4096, 16384, 65536)
-EF = 16  # as MEM_HNSW_EF in native/ggml/src/ggml-cpu/mem-state.cpp
-WINDOW, N_TEST, N_COUNTED, BATCH = 384, 1536, 100, 64
+SIZES = (256, 1024, 2048, 4096, 16384, 65536)
+EF = 16  # as MEM_HNSW_EF in native/ggml/src/ggml-cpu/mem-search.h
+WINDOW, N_TEST, N_COUNTED, BATCHES = 384, 1536, 100, (1, 64)
 
 
 @click.command()
@@ -40,40 +41,49 @@ WINDOW, N_TEST, N_COUNTED, BATCH = 384, 1536, 100, 64
 @click.option("--repeat", default=5, show_default=True, help="Of the timing.")
 @click.option("--json", "as_json", is_flag=True)
 def main(layer: int, repeat: int, as_json: bool) -> None:
-    model = builder()
-    prefix = CASES["readme"](FULL).prefix
-    n_group = model.spec.head_count // model.spec.head_count_kv
-    n_tokens = -(-max(SIZES) // n_group) + N_TEST
-    q = queries(model, prefix.tokens, layer, n_tokens)  # [n_head_kv, n_group, n_tokens, d]
-    known, test = q[:, :, N_TEST:].flatten(1, 2).numpy(), q[:, :, :N_TEST].permute(2, 0, 1, 3).flatten(1, 2).numpy()
+    known, test = captured(layer)
+    n_head_kv, n_group = len(known), test.shape[1] // len(known)
     llama = MemoryLlama(str(DEFAULT_MODEL), verbose=False)
     rows = []
     for n in SIZES:
-        chosen = np.random.default_rng(0).permutation(known.shape[1])[:n]
-        entries = table([own[chosen] for own in known])
-        path = BUILD / "bench-lookup.mem.gguf"
-        Memory(model.spec, prefix.tokens, prefix.text, [{layer: LayerMemory(centroid=entries)}], prefix.offset).save(path)
+        path, entries = write_memory(known, n, layer)
         handle = llama.load_memory(path).handle
-        state, us = {}, {}
+        row, state = {"entries": n}, {}
         for lookup in ("scan", "hnsw"):
-            state[lookup], us[lookup] = timed(handle, layer, test, lookup, repeat)
-        counted = [walk(entries, h, test[t, h * n_group]) for t in range(N_COUNTED) for h in range(model.spec.head_count_kv)]
+            for batch in BATCHES:
+                state[lookup], row[f"us_{lookup}_{batch}"] = timed(handle, layer, test, lookup, batch, repeat)
+        counted = [walk(entries, h, test[t, h * n_group]) for t in range(N_COUNTED) for h in range(n_head_kv)]
         found = np.array([value for value, _ in counted]).reshape(N_COUNTED, -1)
-        agree = float((found == state["hnsw"][:N_COUNTED, ::n_group, -1]).mean())
-        rows.append(
-            {
-                "entries": n,
-                "recall_at_1": float((state["scan"] == state["hnsw"]).all(-1).mean()),
-                "comparisons": statistics.fmean(count for _, count in counted),
-                "us_hnsw": us["hnsw"],
-                "us_scan": us["scan"],
-                "walk_agrees": agree,
-            }
-        )
+        row["recall_at_1"] = float((state["scan"] == state["hnsw"]).all(-1).mean())
+        row["comparisons"] = statistics.fmean(count for _, count in counted)
+        row["walk_agrees"] = float((found == state["hnsw"][:N_COUNTED, ::n_group, -1]).mean())
+        rows.append(row)
     about = {"date": date.today().isoformat(), "layer": layer}
     (RESULTS / f"{about['date']}-lookup-cpu.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
     plot(rows, RESULTS / f"{about['date']}-lookup-cpu.png")
     report(rows, as_json, **about)
+
+
+def captured(layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries to make entries of, float32 [n_head_kv, n, d], and to look up, [n_tokens, n_head, d]."""
+    path = BUILD / f"bench-queries-{layer}.npz"
+    if not path.exists():
+        model = builder()
+        n_tokens = -(-max(SIZES) * model.spec.head_count_kv // model.spec.head_count) + N_TEST
+        q = queries(model, CASES["readme"](FULL).prefix.tokens, layer, n_tokens)  # [n_head_kv, n_group, n_tokens, d]
+        np.savez(path, known=q[:, :, N_TEST:].flatten(1, 2), test=q[:, :, :N_TEST].permute(2, 0, 1, 3).flatten(1, 2))
+    found = np.load(path)
+    return found["known"], found["test"]
+
+
+def write_memory(known: np.ndarray, n: int, layer: int) -> tuple[Path, Entries]:
+    """A memory with n entries per KV head in one layer."""
+    prefix = CASES["readme"](FULL).prefix
+    chosen = np.random.default_rng(0).permutation(known.shape[1])[:n]
+    entries = table([own[chosen] for own in known])
+    path = BUILD / "bench-lookup.mem.gguf"
+    Memory(builder().spec, prefix.tokens, prefix.text, [{layer: LayerMemory(centroid=entries)}], prefix.offset).save(path)
+    return path, entries
 
 
 def queries(model, prefix_tokens: list[int], layer: int, n_tokens: int):
@@ -93,23 +103,23 @@ def table(heads: list[np.ndarray]) -> Entries:
     return Entries(key, -square / 2, np.zeros_like(key), offset, lse=number, graph=build_graph(heads, seed=0, threads=2))
 
 
-def timed(handle: int, layer: int, q: np.ndarray, lookup: str, repeat: int) -> tuple[np.ndarray, float]:
+def timed(handle: int, layer: int, q: np.ndarray, lookup: str, batch: int, repeat: int) -> tuple[np.ndarray, float]:
     """States, and median µs per query."""
     states, seconds = [], []
-    for i in range(0, len(q), BATCH):
-        states.append(native.state(handle, layer, q[i : i + BATCH], lookup))
+    for i in range(0, len(q), batch):
+        states.append(native.state(handle, layer, q[i : i + batch], lookup))
     for _ in range(repeat):
-        for i in range(0, len(q), BATCH):
+        for i in range(0, len(q), batch):
             start = time.perf_counter()
-            native.state(handle, layer, q[i : i + BATCH], lookup)
-            seconds.append((time.perf_counter() - start) / BATCH / q.shape[1])
+            native.state(handle, layer, q[i : i + batch], lookup)
+            seconds.append((time.perf_counter() - start) / len(q[i : i + batch]) / q.shape[1])
     return np.concatenate(states), 1e6 * statistics.median(seconds)
 
 
 def walk(entries: Entries, h: int, q: np.ndarray) -> tuple[float, int]:
     """The log-sum-exp of the entry that a search of head h finds, and the rows it scores."""
     own, graph = entries.head(h), entries.graph
-    key, bias, q = entries.key[own].astype(np.float32), entries.bias[own], q.astype(np.float16).astype(np.float32)
+    key, bias, q = entries.key[own].astype(np.float32), entries.bias[own], q.astype(np.float32)
     link0, upper = graph.link0[own], graph.upper[own.start : own.stop + 1]
     at = int(graph.entry[h])
     best, count = float(key[at] @ q + bias[at]), 1
@@ -146,7 +156,8 @@ def plot(rows: list[dict], path: Path) -> None:
     left.plot(n, [row["comparisons"] for row in rows], marker="o")
     left.set(xscale="log", ylim=0, xlabel="entries", ylabel="comparisons per query, HNSW")
     for name in ("hnsw", "scan"):
-        right.plot(n, [row[f"us_{name}"] for row in rows], marker="o", label=name)
+        for batch in BATCHES:
+            right.plot(n, [row[f"us_{name}_{batch}"] for row in rows], marker="o", label=f"{name}, {batch} tokens")
     right.set(xscale="log", yscale="log", xlabel="entries", ylabel="µs per query")
     right.legend()
     figure.tight_layout()

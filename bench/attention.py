@@ -1,0 +1,105 @@
+"""The attention part of a token: the lookup of a memory and its merge, against flash attention over the prefix.
+
+    .venv/bin/python bench/attention.py [--entries 8192 --entries 16384] [--layer 15] [--threads 2] [--json]
+
+As many entries per KV head as the prefix has tokens. The entries are those of bench/lookup.py in one layer of the default
+model; times are of single ops in decoding, from the callback that the runtime has for that, and of the op that starts the
+threads for it. With a memory: the state and flash attention over 64 to 88 live tokens. Without: flash attention over those
+and the prefix. The prefill of 16,384 tokens takes some minutes. Written with date to results/.
+"""
+
+import ctypes
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from unittest.mock import patch
+
+import click
+import llama_cpp.llama_cpp as llama_cpp
+
+from attnmem_local.cli.common import DEFAULT_MODEL
+from attnmem_local.evaluate import Scorer
+from lookup import RESULTS, captured, write_memory
+from prefixes import BOOK, DATA, builder
+from scoring import report
+
+LIVE, N_DECODE = 64, 24
+
+_op_desc = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*")))).ggml_op_desc
+_op_desc.argtypes, _op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
+
+
+class OpTimer:
+    """µs of each op that the runtime computes while `on`, by the name of the op."""
+
+    def __init__(self):
+        self.on = False
+        self.us: dict[str, list[float]] = defaultdict(list)
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._call)
+
+    def _call(self, tensor, ask: bool, _data) -> bool:
+        if ask:
+            self._start = time.perf_counter()
+            return self.on  # one op at a time
+        self.us[_op_desc(tensor).decode()].append(1e6 * (time.perf_counter() - self._start))
+        return True
+
+    def params(self):
+        params = self._default()
+        params.cb_eval = self.callback
+        return params
+
+    def open(self, **context) -> Scorer:
+        self._default = llama_cpp.llama_context_default_params
+        with patch.object(llama_cpp, "llama_context_default_params", self.params):
+            return Scorer(DEFAULT_MODEL, flash_attn=True, **context)
+
+
+@click.command()
+@click.option("--entries", "sizes", multiple=True, type=int, default=(8192, 16384), show_default=True)
+@click.option("--layer", default=15, show_default=True)
+@click.option("--threads", default=os.cpu_count(), show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def main(sizes: tuple[int, ...], layer: int, threads: int, as_json: bool) -> None:
+    known, _ = captured(layer)
+    text = builder().tokenizer.encode((DATA / BOOK).read_text(encoding="utf-8")[: 8 * max(sizes)], add_bos=True)
+    live, options = text[:LIVE], {"n_threads": threads, "n_threads_batch": threads}
+    rows = []
+    for n in sizes:
+        path, _ = write_memory(known, n, layer)
+        memory = decode_us(live, memory=path, lookup="hnsw", **options)
+        full = decode_us(live, prefix=text[:n], **options)
+        attention = memory["MEM_STATE"] + memory["FLASH_ATTN_EXT"]
+        rows.append(
+            {
+                "entries": n,
+                "us_state": memory["MEM_STATE"],
+                "us_with_memory": attention,
+                "us_full": full["FLASH_ATTN_EXT"],
+                "times_faster": full["FLASH_ATTN_EXT"] / attention,
+            }
+        )
+    about = {"date": date.today().isoformat(), "layer": layer, "threads": threads}
+    (RESULTS / f"{about['date']}-attention-cpu.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    report(rows, as_json, **about)
+
+
+def decode_us(live: list[int], **context) -> dict[str, float]:
+    """Median µs of each op in decoding."""
+    timer = OpTimer()
+    scorer = timer.open(**context)
+    steps = scorer.decode(live, N_DECODE + 1)
+    next(steps)
+    timer.on = True
+    for _ in steps:
+        pass
+    scorer.close()
+    return {op: statistics.median(us) for op, us in timer.us.items()}
+
+
+if __name__ == "__main__":
+    main()
