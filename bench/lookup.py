@@ -5,7 +5,7 @@
 Entries are live queries of one layer of the default model over real text after a real prefix, each a centroid of its own;
 the queries that look them up are of other text. Recall@1: how often HNSW finds the entry that the scan finds.
 Comparisons: rows of the table that are scored for one query, counted in a walk of the same graph in Python, which also
-has to find what the runtime finds. µs per query: one thread, one token at a time (and with it the cost of a call), and in
+has to find what the runtime finds; and the same with one number of candidates (ef) for all sizes. µs per query: one thread, one token at a time (and with it the cost of a call), and in
 batches of 64 tokens, where the scan is a matrix product. A run is written with date to results/, with a plot. The captured
 queries are kept in build/.
 """
@@ -32,7 +32,7 @@ from scoring import report
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (256, 1024, 2048, 4096, 16384, 65536)
-EF = 16  # as MEM_HNSW_EF in native/ggml/src/ggml-cpu/mem-search.h
+EF_ALL = 48  # for every size; that of the runtime grows with the table
 WINDOW, N_TEST, N_COUNTED, BATCHES = 384, 1536, 100, (1, 64)
 
 
@@ -52,11 +52,14 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
         for lookup in ("scan", "hnsw"):
             for batch in BATCHES:
                 state[lookup], row[f"us_{lookup}_{batch}"] = timed(handle, layer, test, lookup, batch, repeat)
-        counted = [walk(entries, h, test[t, h * n_group]) for t in range(N_COUNTED) for h in range(n_head_kv)]
-        found = np.array([value for value, _ in counted]).reshape(N_COUNTED, -1)
         row["recall_at_1"] = float((state["scan"] == state["hnsw"]).all(-1).mean())
-        row["comparisons"] = statistics.fmean(count for _, count in counted)
-        row["walk_agrees"] = float((found == state["hnsw"][:N_COUNTED, ::n_group, -1]).mean())
+        for name, ef in (("", runtime_ef(n)), (f"_ef{EF_ALL}", EF_ALL)):
+            counted = [walk(entries, h, test[t, h * n_group], ef) for t in range(N_COUNTED) for h in range(n_head_kv)]
+            row[f"comparisons{name}"] = statistics.fmean(count for _, count in counted)
+            found = np.array([value for value, _ in counted]).reshape(N_COUNTED, -1)
+            row[f"walk{name}_as_hnsw"], row[f"walk{name}_as_scan"] = (
+                float((found == state[lookup][:N_COUNTED, ::n_group, -1]).mean()) for lookup in ("hnsw", "scan")
+            )
         rows.append(row)
     about = {"date": date.today().isoformat(), "layer": layer}
     (RESULTS / f"{about['date']}-lookup-cpu.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
@@ -116,7 +119,12 @@ def timed(handle: int, layer: int, q: np.ndarray, lookup: str, batch: int, repea
     return np.concatenate(states), 1e6 * statistics.median(seconds)
 
 
-def walk(entries: Entries, h: int, q: np.ndarray) -> tuple[float, int]:
+def runtime_ef(n: int) -> int:
+    """As mem_hnsw_ef in native/ggml/src/ggml-cpu/mem-search.h."""
+    return 16 if n <= 4096 else 24 if n <= 16384 else 48
+
+
+def walk(entries: Entries, h: int, q: np.ndarray, ef: int) -> tuple[float, int]:
     """The log-sum-exp of the entry that a search of head h finds, and the rows it scores."""
     own, graph = entries.head(h), entries.graph
     key, bias, q = entries.key[own].astype(np.float32), entries.bias[own], q.astype(np.float32)
@@ -134,15 +142,15 @@ def walk(entries: Entries, h: int, q: np.ndarray) -> tuple[float, int]:
             if moved:
                 at, best = int(links[score.argmax()]), float(score.max())
     seen, open_, found = {at}, [(-best, at)], [(best, at)]
-    while open_ and not (-open_[0][0] < found[0][0] and len(found) >= EF):
+    while open_ and not (-open_[0][0] < found[0][0] and len(found) >= ef):
         links = [i for i in link0[heapq.heappop(open_)[1]].tolist() if i >= 0 and i not in seen]
         seen.update(links)
         count += len(links)
         for score, i in zip((key[links] @ q + bias[links]).tolist(), links):
-            if len(found) < EF or score > found[0][0]:
+            if len(found) < ef or score > found[0][0]:
                 heapq.heappush(open_, (-score, i))
                 heapq.heappush(found, (score, i))
-                if len(found) > EF:
+                if len(found) > ef:
                     heapq.heappop(found)
     return float(entries.lse[own][max(found)[1]]), count
 
@@ -153,8 +161,10 @@ def plot(rows: list[dict], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
     n = [row["entries"] for row in rows]
-    left.plot(n, [row["comparisons"] for row in rows], marker="o")
+    left.plot(n, [row["comparisons"] for row in rows], marker="o", label="as in the runtime")
+    left.plot(n, [row[f"comparisons_ef{EF_ALL}"] for row in rows], marker="o", label=f"ef = {EF_ALL}")
     left.set(xscale="log", ylim=0, xlabel="entries", ylabel="comparisons per query, HNSW")
+    left.legend()
     for name in ("hnsw", "scan"):
         for batch in BATCHES:
             right.plot(n, [row[f"us_{name}_{batch}"] for row in rows], marker="o", label=f"{name}, {batch} tokens")

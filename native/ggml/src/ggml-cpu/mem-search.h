@@ -9,8 +9,8 @@
 #include <numeric>
 #include <vector>
 
-// number of candidates that the search keeps on level 0; recall@1 is measured in tests/test_lookup.py
-constexpr size_t MEM_HNSW_EF = 16;
+// number of candidates that a search for the best of n entries keeps on level 0, for a recall@1 of 0.98 (bench/lookup.py)
+static size_t mem_hnsw_ef(int64_t n) { return n <= 4096 ? 16 : n <= 16384 ? 24 : 48; }
 
 // for tokens: keys are harder to find than centroids, because queries are not distributed like them
 constexpr size_t MEM_HNSW_EF_TOKEN = 64;
@@ -192,12 +192,14 @@ struct mem_searches {
     std::vector<mem_search> search;
 
     // queries i0 .. i1 - 1 where the table has a graph; in turns, so that the rows that one asks for arrive while others score theirs
-    void hnsw(const mem_args & a, int64_t i0, int64_t i1, float scale, size_t ef) {
+    // ef: 0 is what it takes to find the best one
+    void hnsw(const mem_args & a, int64_t i0, int64_t i1, float scale, size_t ef = 0) {
         const int64_t n_q = a.n_gqa*a.n_tokens;
         search.resize(std::max<size_t>(search.size(), i1 - i0));
         for (int64_t i = i0; i < i1; i++) {
-            search[i - i0].set(a, i/n_q, a.query(i/n_q, i%n_q), scale, ef);
-            if (a.use_hnsw(i/n_q)) {
+            const int64_t h = i/n_q;
+            search[i - i0].set(a, h, a.query(h, i%n_q), scale, ef ? ef : mem_hnsw_ef(a.n(h)));
+            if (a.use_hnsw(h)) {
                 search[i - i0].begin();
             }
         }

@@ -334,7 +334,7 @@ void mem_lookup_split(const mem_args & a, const ggml_compute_params * params, co
     ggml_barrier(params->threadpool);
 
     mem_for_share(a.n_head_kv*n_q, MEM_HNSW_TURNS, params, [&](int64_t i0, int64_t i1) {
-        searches.hnsw(a, i0, i1, 1.0f, MEM_HNSW_EF);
+        searches.hnsw(a, i0, i1, 1.0f);
         for (int64_t i = i0; i < i1; i++) {
             const int64_t h = i/n_q;
             const int64_t j = i%n_q;
@@ -358,7 +358,7 @@ void mem_lookup(const mem_args & a, const ggml_compute_params * params, const me
         if (a.use_hnsw(h)) {
             for (int64_t j = 0; j < n; j += MEM_HNSW_TURNS) {
                 const int64_t m = std::min(MEM_HNSW_TURNS, n - j);
-                searches.hnsw(a, h*n_q + j0 + j, h*n_q + j0 + j + m, 1.0f, MEM_HNSW_EF);
+                searches.hnsw(a, h*n_q + j0 + j, h*n_q + j0 + j + m, 1.0f);
                 for (int64_t l = 0; l < m; l++) {
                     best[j + l] = searches.search[l].found.front();
                 }
