@@ -15,6 +15,7 @@ from .errors import Invalid, NotAMemory, Truncated, Unreadable, WrongVersion
 from .prefix import parse_messages
 
 FORMAT_VERSION = 1
+ALIGNMENT = 64  # of tensors: a cache line
 ADAPTER_TYPE = "attention_state_memory"
 MAX_BLOCKS = 4096
 MAX_SEGMENTS = 256
@@ -226,6 +227,7 @@ _MODEL_KEYS = {
 def _write(memory: Memory, path: Path) -> None:
     writer = gguf.GGUFWriter(path, memory.model.architecture)
     add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    writer.add_custom_alignment(ALIGNMENT)
     writer.add_type("adapter")
     writer.add_string("adapter.type", ADAPTER_TYPE)
     writer.add_uint32("attnmem.version", FORMAT_VERSION)
