@@ -23,6 +23,8 @@ def test_recall(real, default_build_model, default_model):
     for layer, q in enumerate(live_queries(default_build_model, memory.prefix_tokens, window)):
         scan, hnsw = (native.state(handle, layer, q, lookup) for lookup in ("scan", "hnsw"))
         found.append((scan == hnsw).all(-1))
+        one_by_one = [native.state(handle, layer, q[i : i + 1], "hnsw")[0] for i in range(4)]
+        np.testing.assert_array_equal(one_by_one, hnsw[:4])  # however many searches take turns
     assert np.mean(found) >= 0.98
 
 
