@@ -3,8 +3,8 @@
     .venv/bin/python bench/attention.py [--entries 8192 --entries 16384] [--layer 15] [--threads 2] [--json]
 
 As many entries per KV head as the prefix has tokens. The entries are those of bench/lookup.py in one layer of the default
-model; times are of single ops in decoding, from the callback that the runtime has for that, and of the op that starts the
-threads for it. With a memory: the state and flash attention over 64 to 88 live tokens. Without: flash attention over those
+model; times are of single ops in decoding, from the callback that the runtime has for that. An op by itself has to start the
+threads, too. With a memory: the state and flash attention over 64 to 88 live tokens. Without: flash attention over those
 and the prefix. The prefill of 16,384 tokens takes some minutes. Written with date to results/.
 """
 
