@@ -15,7 +15,6 @@ import statistics
 import time
 from collections import defaultdict
 from datetime import date
-from pathlib import Path
 from unittest.mock import patch
 
 import click
@@ -29,7 +28,7 @@ from scoring import report
 
 LIVE, N_DECODE = 64, 24
 
-_op_desc = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*")))).ggml_op_desc
+_op_desc = llama_cpp._lib.ggml_op_desc
 _op_desc.argtypes, _op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
 
 
@@ -48,14 +47,10 @@ class OpTimer:
         self.us[_op_desc(tensor).decode()].append(1e6 * (time.perf_counter() - self._start))
         return True
 
-    def params(self):
-        params = self._default()
-        params.cb_eval = self.callback
-        return params
-
     def open(self, **context) -> Scorer:
-        self._default = llama_cpp.llama_context_default_params
-        with patch.object(llama_cpp, "llama_context_default_params", self.params):
+        params = llama_cpp.llama_context_default_params()
+        params.cb_eval = self.callback
+        with patch.object(llama_cpp, "llama_context_default_params", return_value=params):
             return Scorer(DEFAULT_MODEL, flash_attn=True, **context)
 
 

@@ -5,9 +5,9 @@
 Entries are live queries of one layer of the default model over real text after a real prefix, each a centroid of its own;
 the queries that look them up are of other text. Recall@1: how often HNSW finds the entry that the scan finds.
 Comparisons: rows of the table that are scored for one query, counted in a walk of the same graph in Python, which also
-has to find what the runtime finds; and the same with one number of candidates (ef) for all sizes. µs per query: one thread, one token at a time (and with it the cost of a call), and in
-batches of 64 tokens, where the scan is a matrix product. A run is written with date to results/, with a plot. The captured
-queries are kept in build/.
+has to find what the runtime finds; and the same with one number of candidates (ef) for all sizes. µs per query: one thread,
+one token at a time (and with it the cost of a call), and in batches of 64 tokens, where the scan is a matrix product. A run
+is written with date to results/, with a plot. The captured queries are kept in build/.
 """
 
 import heapq
