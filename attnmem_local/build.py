@@ -2,10 +2,12 @@
 
 import math
 import os
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Sequence
 
+import numpy as np
 import torch
 
 from .budget import Plan, plan_for_bytes
@@ -20,7 +22,8 @@ from .entries.target import Target, segment_targets
 from .entries.token import REST, TOP_K, looked_up, rest_target
 from .entries.token_graph import token_graph
 from .hnsw import build_graph
-from .memory import KINDS, LayerMemory, Memory, check_space
+from .lists import build_lists
+from .memory import KINDS, Entries, LayerMemory, Memory, check_space, reordered
 from .model import BuildModel, load_model
 from .prefix import Prefix, chat_prefix, read_prefix
 from .progress import Progress
@@ -195,7 +198,7 @@ def later_positions(n: int, seed: int) -> list[int]:
 def fit_layer(
     model: BuildModel, k: torch.Tensor, v: torch.Tensor, target: Target, plan: Plan, at: tuple[int, int], seed: int
 ) -> LayerMemory:
-    """The entries of one layer of a segment with keys and values [n_head_kv, n_tokens, d], and their graphs.
+    """The entries of one layer of a segment with keys and values [n_head_kv, n_tokens, d], and how they are searched.
 
     at: segment and layer.
     """
@@ -212,9 +215,17 @@ def fit_layer(
             if kind.name == "token":
                 entries.graph = token_graph([p.key.cpu().numpy() for p in parts], list(target.q.cpu().numpy()))
             elif all(p.place is not None for p in parts):
-                entries.graph = build_graph([p.place.cpu().numpy() for p in parts], seed, threads=os.cpu_count() or 1)
+                entries = searchable(entries, [model.to_gguf_order(p.place).cpu().numpy() for p in parts], seed)
             setattr(layer, kind.name, entries)
     return layer
+
+
+def searchable(entries: Entries, places: list[np.ndarray], seed: int) -> Entries:
+    """Entries with lists and a graph; places: for each head the queries [n, d_k] that its entries are for, in GGUF order."""
+    lists, order = build_lists(places, seed)
+    entries = reordered(entries, order)
+    graph = build_graph([place[own] for place, own in zip(places, order)], seed, threads=os.cpu_count() or 1)
+    return replace(entries, lists=lists, graph=graph)
 
 
 def fit_head(

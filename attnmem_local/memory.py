@@ -33,15 +33,15 @@ class Kind(NamedTuple):
 
     name: str  # in tensor names, and the field of LayerMemory
     has_lse: bool
-    has_graph: bool  # may have one
+    is_searched: bool  # may have lists and a graph
 
 
 KINDS = (
-    Kind("centroid", has_lse=True, has_graph=True),
-    Kind("tangent", has_lse=False, has_graph=True),
-    Kind("residual", has_lse=True, has_graph=True),
-    Kind("token", has_lse=False, has_graph=True),
-    Kind("anchor", has_lse=False, has_graph=False),
+    Kind("centroid", has_lse=True, is_searched=True),
+    Kind("tangent", has_lse=False, is_searched=True),
+    Kind("residual", has_lse=True, is_searched=True),
+    Kind("token", has_lse=False, is_searched=True),
+    Kind("anchor", has_lse=False, is_searched=False),
 )
 
 
@@ -56,6 +56,16 @@ class Graph:
 
 
 @dataclass
+class Lists:
+    """The entries of one kind in one segment of one layer as lists of neighbours, none of them empty."""
+
+    key: np.ndarray  # [n_list, d_k] float16 or float32
+    bias: np.ndarray  # [n_list] float32: a search takes the lists with the largest key·q + bias
+    offset: np.ndarray  # [n_list + 1] int32, list i owns the entries offset[i]:offset[i + 1]
+    head: np.ndarray  # [n_head_kv + 1] int32, head h owns the lists head[h]:head[h + 1]
+
+
+@dataclass
 class Entries:
     """The entries of one kind in one segment of one layer; the KV heads lie one after another.
 
@@ -67,7 +77,8 @@ class Entries:
     value: np.ndarray  # table of d_v
     offset: np.ndarray  # [n_head_kv + 1] int32, head h owns the entries offset[h]:offset[h + 1]
     lse: np.ndarray | None = None  # [n] float32, natural log, scale included; centroids and residuals
-    graph: Graph | None = None  # not for anchors
+    lists: Lists | None = None  # not for anchors, nor is a graph
+    graph: Graph | None = None
 
     def head(self, h: int) -> slice:
         return slice(int(self.offset[h]), int(self.offset[h + 1]))
@@ -82,6 +93,13 @@ class LayerMemory:
     residual: Entries | None = None  # only for heads that have anchors
     token: Entries | None = None
     anchor: Entries | None = None
+
+
+def reordered(entries: Entries, heads: list[np.ndarray]) -> Entries:
+    """The entries of each head in another order; without lists and graph, which hold for one order."""
+    order = np.concatenate([own + first for own, first in zip(heads, entries.offset)])
+    parts = {part: getattr(entries, part) for part in ("key", "bias", "value", "lse")}
+    return Entries(offset=entries.offset, **{part: None if array is None else array[order] for part, array in parts.items()})
 
 
 def rows(table: np.ndarray) -> np.ndarray:
@@ -198,8 +216,11 @@ def _tensors(memory: Memory):
                 if (entries := getattr(layer, kind.name)) is None:
                     continue
                 parts = {part: getattr(entries, part) for part in ("key", "bias", "value", "lse")}
-                parts["head"] = np.zeros((2, len(entries.offset)), dtype=entries.offset.dtype)
+                parts["head"] = np.zeros((2 if entries.lists is None else 3, len(entries.offset)), dtype=entries.offset.dtype)
                 parts["head"][0] = entries.offset
+                if (lists := entries.lists) is not None:
+                    parts["head"][2] = lists.head
+                    parts |= {"list_key": lists.key, "list_bias": lists.bias, "list": lists.offset}
                 if (graph := entries.graph) is not None:
                     parts["head"][1, :-1] = graph.entry
                     parts |= {"link0": graph.link0, "link": graph.link, "upper": graph.upper}
@@ -405,7 +426,8 @@ class _Parser:
             return None
         key = self.table(prefix + "key", None, spec.key_length)
         n = len(key)
-        offset, entry = self.tensor(prefix + "head", (np.int32,), (2, spec.head_count_kv + 1))
+        has_lists = kind.is_searched and prefix + "list" in self.tensors
+        offset, entry, *lists = self.tensor(prefix + "head", (np.int32,), (3 if has_lists else 2, spec.head_count_kv + 1))
         entries = Entries(
             key=key,
             bias=self.tensor(prefix + "bias", (np.float32,), (n,)),
@@ -414,9 +436,22 @@ class _Parser:
             offset=offset,
         )
         _check_offsets(prefix + "head", offset, n)
-        if kind.has_graph and prefix + "link0" in self.tensors:
+        if kind.is_searched and prefix + "link0" in self.tensors:
             entries.graph = self.graph(prefix, entries, entry[:-1])
+        if has_lists:
+            entries.lists = self.lists(prefix, spec, entries, *lists)
         return entries
+
+    def lists(self, prefix: str, spec: ModelSpec, entries: Entries, head: np.ndarray) -> Lists:
+        key = self.tensor(prefix + "list_key", (np.float16, np.float32), (None, spec.key_length))
+        n = len(key)
+        bias = self.tensor(prefix + "list_bias", (np.float32,), (n,))
+        offset = self.tensor(prefix + "list", (np.int32,), (n + 1,))
+        _check_offsets(prefix + "list", offset, len(entries.key))
+        _check_offsets(prefix + "head", head, n)
+        if (np.diff(offset) == 0).any() or (offset[head] != entries.offset).any():
+            raise Invalid(f"a list in '{prefix}list' is empty or leaves its head")
+        return Lists(key, bias, offset, head)
 
     def graph(self, prefix: str, entries: Entries, entry: np.ndarray) -> Graph:
         integer = (np.int32,)

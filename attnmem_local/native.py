@@ -12,7 +12,7 @@ _ERROR_SIZE = 1024
 _lib = _llama_cpp._lib
 
 #: enum llama_mem_lookup
-LOOKUPS = {"auto": 0, "stock": 1, "scan": 2, "hnsw": 3}
+LOOKUPS = {"auto": 0, "stock": 1, "scan": 2, "hnsw": 3, "lists": 4}
 
 _SIGNATURES = {
     "llama_adapter_mem_init": (c_void_p, [c_void_p, c_char_p, c_char_p, c_size_t]),

@@ -58,7 +58,7 @@ class MemoryLlama(llama_cpp.Llama):
     """A llama_cpp.Llama with attention-state memories.
 
     memory: one or several paths or loaded memories to attach from the start.
-    lookup: how the nearest entry is found: "auto", "stock", "scan" or "hnsw" (see native.LOOKUPS).
+    lookup: how the nearest entry is found: "auto", "stock", "scan", "hnsw" or "lists" (see native.LOOKUPS).
     Everything else is as in llama_cpp.Llama, and so are completions, chat and streaming: live tokens begin at
     position 0, the prefix is neither prefilled nor attended, and n_ctx is all for live tokens.
 

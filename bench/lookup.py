@@ -22,9 +22,9 @@ import matplotlib
 import numpy as np
 
 from attnmem_local import native
+from attnmem_local.build import searchable
 from attnmem_local.capture import capture, prefill
 from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.hnsw import build_graph
 from attnmem_local.memory import Entries, LayerMemory, Memory
 from attnmem_local.runtime import MemoryLlama
 from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
@@ -103,7 +103,7 @@ def table(heads: list[np.ndarray]) -> Entries:
     square = np.square(key.astype(np.float32)).sum(-1)
     number = np.concatenate([np.arange(len(own), dtype=np.float32) for own in heads])
     offset = np.cumsum([0, *map(len, heads)], dtype=np.int32)
-    return Entries(key, -square / 2, np.zeros_like(key), offset, lse=number, graph=build_graph(heads, seed=0, threads=2))
+    return searchable(Entries(key, -square / 2, np.zeros_like(key), offset, lse=number), heads, seed=0)
 
 
 def timed(handle: int, layer: int, q: np.ndarray, lookup: str, batch: int, repeat: int) -> tuple[np.ndarray, float]:

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from attnmem_local.build import searchable
 from attnmem_local.hnsw import build_graph
 from attnmem_local.memory import KINDS, Entries, LayerMemory, Memory, ModelSpec, quantize_rows
 from attnmem_local.prefix import Prefix
@@ -50,8 +51,10 @@ def _layer(spec: ModelSpec, counts: dict, rng: np.random.Generator, q8_0: bool, 
             linked[kind].append(link)
     entries = {kind: _join(parts, q8_0) for kind, parts in heads.items()}
     for kind in KINDS:
-        if kind.has_graph and kind.name in entries:
-            entries[kind.name].graph = build_graph(linked[kind.name], seed=0, space="ip" if kind.name == "token" else "l2")
+        if kind.name == "token" and kind.name in entries:
+            entries["token"].graph = build_graph(linked["token"], seed=0, space="ip")
+        elif kind.is_searched and kind.name in entries:
+            entries[kind.name] = searchable(entries[kind.name], linked[kind.name], seed=0)
     return LayerMemory(**entries)
 
 

@@ -199,6 +199,11 @@ INVALID_KINDS = {
     "link beyond the tangents": lambda m: _set(_layer(m).tangent.graph, "link0", (3, 0), 50),
     "upper link beyond the tokens": lambda m: _set(_layer(m).token.graph, "link", (0, 0), 60),
     "entry point beyond the residuals": lambda m: _set(_layer(m).residual.graph, "entry", 0, 30),
+    "empty list": lambda m: _set(_layer(m).residual.lists, "offset", 1, 0),
+    "lists beyond the tangents": lambda m: _set(_layer(m).tangent.lists, "offset", -1, 51),
+    "lists that are not those of their head": lambda m: _set(_layer(m).centroid.lists, "head", 1, 1),
+    "a list with an infinite score": lambda m: _set(_layer(m).tangent.lists, "bias", 0, np.inf),
+    "lists of anchors": lambda m: setattr(_layer(m).anchor, "lists", _layer(m).tangent.lists),
     "graph of anchors": lambda m: setattr(_layer(m).anchor, "graph", _layer(m).token.graph),
 }
 

@@ -67,12 +67,13 @@ def test_the_stock_path_and_the_cpu_op_agree_on_all_kinds(tiny32, mixed, n_live)
     assert kl(logits["stock"], Scorer(tiny32.path).log_probs(live)).mean() > 0.01
 
 
-def test_hnsw_finds_what_a_scan_finds_in_all_kinds(tiny32):
+@pytest.mark.parametrize("search", ["hnsw", "lists"])
+def test_a_search_finds_what_a_scan_finds_in_all_kinds(tiny32, search):
     path = tiny32.save(mixed_memory(tiny32.model.spec, tiny32.prefix, q8_0=True, times=20), "large")
     llama = MemoryLlama(str(tiny32.path), memory=path, verbose=False)
     handle = llama.memories[0].memory.handle
     q = random_queries(np.random.default_rng(1), 100, tiny32.model.spec.head_count, 32)
-    error = [relative_error(*(native.state(handle, layer, q, lookup) for lookup in ("hnsw", "scan"))) for layer in range(3)]
+    error = [relative_error(*(native.state(handle, layer, q, lookup) for lookup in (search, "scan"))) for layer in range(3)]
     assert np.mean(np.array(error) < 1e-4) > 0.97
 
 

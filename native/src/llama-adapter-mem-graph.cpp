@@ -13,8 +13,11 @@
 static constexpr float    MEM_MAX_GAIN  = 1e4f;
 static constexpr uint64_t MEM_MAX_NODES = 1 << 20;
 
-// tables below this size are scanned faster than their HNSW graph is walked
-static constexpr int32_t MEM_HNSW_MIN_ENTRIES = 2048;
+// tables below this size are scanned faster than they are searched
+static constexpr int32_t MEM_SEARCH_MIN_ENTRIES = 2048;
+
+// number of lists that are searched, for a recall@1 of 0.98 (bench/lookup.py)
+static constexpr int32_t MEM_N_PROBE = 16;
 
 llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup)
     : lookup(lookup) {
@@ -108,21 +111,23 @@ void llama_adapter_mems::check_layers_reached() const {
 }
 
 bool llama_adapter_mems::use_op(float kq_scale, int il) {
-    bool is_host = true;
+    bool has_lookup = true;
+    bool has_op     = true;
     for (const auto & item : items) {
         const auto & mem = *item.adapter;
         if (std::fabs(mem.kq_scale - kq_scale) > 1e-5f*std::fabs(kq_scale)) {
             throw std::runtime_error(format("unsupported: layer %d scales attention by %g, the memory was built with %g", il, kq_scale, mem.kq_scale));
         }
-        is_host = is_host && mem.layers[il].is_host;
+        has_op     = has_op     && mem.layers[il].has_op;
+        has_lookup = has_lookup && mem.layers[il].has_lookup(lookup);
     }
-    if (!is_host && (lookup == LLAMA_MEM_LOOKUP_SCAN || lookup == LLAMA_MEM_LOOKUP_HNSW)) {
-        throw std::runtime_error(format("unsupported: layer %d is not on the CPU, which this lookup needs", il));
+    if (!has_lookup) {
+        throw std::runtime_error(format("unsupported: layer %d is on a device that does not have this lookup", il));
     }
 
     layers_reached[il] = true;
 
-    return is_host && lookup != LLAMA_MEM_LOOKUP_STOCK;
+    return has_op && lookup != LLAMA_MEM_LOOKUP_STOCK;
 }
 
 ggml_tensor * llama_adapter_mems::build_state(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) {
@@ -154,18 +159,27 @@ ggml_tensor * llama_adapter_mems::build_attn(
 }
 
 ggml_tensor * llama_adapter_mems::build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const {
+    const bool is_host = items[0].adapter->layers[il].is_host;
+
     auto add = [&](ggml_tensor * state, ggml_mem_kind kind, const llama_adapter_mem_entries & e, float gain, int64_t top_k = 0) {
         if (e.n_all() == 0) {
             return state;
         }
-        const int32_t hnsw_min_entries = lookup == LLAMA_MEM_LOOKUP_HNSW ? 0 : MEM_HNSW_MIN_ENTRIES;
-        const bool    use_graph        = e.link0 && lookup != LLAMA_MEM_LOOKUP_SCAN;
+        ggml_mem_table table = { kind, e.key, e.bias, e.value, e.lse, e.head, (int32_t) top_k, 0, };
 
-        const ggml_mem_table table = {
-            kind, e.key, e.bias, e.value, e.lse, e.head,
-            use_graph ? e.link0 : nullptr, use_graph ? e.link : nullptr, use_graph ? e.upper : nullptr,
-            (int32_t) top_k, hnsw_min_entries,
-        };
+        const bool is_auto = lookup == LLAMA_MEM_LOOKUP_AUTO;
+        if (e.link0 && is_host && (is_auto || lookup == LLAMA_MEM_LOOKUP_HNSW)) {
+            table.link0 = e.link0;
+            table.link  = e.link;
+            table.upper = e.upper;
+        } else if (e.list && (is_auto || lookup == LLAMA_MEM_LOOKUP_LISTS)) {
+            table.list_key  = e.list_key;
+            table.list_bias = e.list_bias;
+            table.list      = e.list;
+            table.n_probe   = MEM_N_PROBE;
+        }
+        table.min_entries = is_auto ? MEM_SEARCH_MIN_ENTRIES : 0;
+
         return ggml_mem_state(ctx, q, state, &table, kq_scale, gain);
     };
 

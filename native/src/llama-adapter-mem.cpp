@@ -303,10 +303,10 @@ struct mem_kind {
 
     bool has_lse;
     bool allow_empty; // the state of an entry may be the empty one
-    bool has_graph;   // may have one
+    bool is_searched; // may have a graph and lists
 
     size_t n_tensors(const llama_adapter_mem_entries & e) const {
-        return e.empty() ? 0 : 4 + has_lse + (e.link0 ? 3 : 0);
+        return e.empty() ? 0 : 4 + has_lse + (e.link0 ? 3 : 0) + (e.list ? 3 : 0);
     }
 };
 
@@ -318,7 +318,7 @@ constexpr mem_kind MEM_KINDS[] = {
     { "anchor",   &llama_adapter_mem_segment::anchor,   false, false, false },
 };
 
-constexpr size_t MEM_MAX_KIND_TENSORS = 8; // of one kind in one segment of one layer
+constexpr size_t MEM_MAX_KIND_TENSORS = 12; // of one kind in one segment of one layer
 
 void mem_load_graph(const mem_file & file, const std::string & prefix, llama_adapter_mem_entries & entries) {
     const int64_t n         = entries.key->ne[1];
@@ -367,6 +367,32 @@ void mem_load_graph(const mem_file & file, const std::string & prefix, llama_ada
     }
 }
 
+// no list is empty, so that a search always finds an entry
+void mem_load_lists(const mem_file & file, const std::string & prefix, llama_adapter_mem_entries & entries) {
+    const int64_t n_offset = entries.offset.size();
+
+    entries.list_key  = file.tensor(prefix + "list_key",  {GGML_TYPE_F16, GGML_TYPE_F32}, entries.key->ne[0], -1);
+    const int64_t n_list = entries.list_key->ne[1];
+    entries.list_bias = file.tensor(prefix + "list_bias", {GGML_TYPE_F32}, n_list);
+    entries.list      = file.tensor(prefix + "list",      {GGML_TYPE_I32}, n_list + 1);
+    mem_check_finite(file, entries.list_key);
+    mem_check_finite(file, entries.list_bias);
+
+    const int32_t * list  = file.data_i32(entries.list);
+    const int32_t * first = file.data_i32(entries.head) + 2*n_offset;
+
+    mem_check_offsets(entries.list->name, list,  n_list + 1, entries.offset.back());
+    mem_check_offsets(entries.head->name, first, n_offset,   n_list);
+
+    bool ok = std::adjacent_find(list, list + n_list + 1) == list + n_list + 1;
+    for (int64_t h = 0; h < n_offset; h++) {
+        ok = ok && list[first[h]] == entries.offset[h];
+    }
+    if (!ok) {
+        refuse(format("invalid: a list in '%s' is empty or leaves its head", entries.list->name));
+    }
+}
+
 llama_adapter_mem_entries mem_load_entries(const mem_file & file, const std::string & prefix, const mem_kind & kind, const llama_hparams & hparams, int il) {
     llama_adapter_mem_entries res;
     if (!file.tensor(prefix + "key")) {
@@ -387,12 +413,17 @@ llama_adapter_mem_entries mem_load_entries(const mem_file & file, const std::str
         mem_check_finite(file, res.lse, kind.allow_empty);
     }
 
-    res.head = file.tensor(prefix + "head", {GGML_TYPE_I32}, n_head_kv + 1, 2);
+    const bool has_lists = kind.is_searched && file.tensor(prefix + "list");
+
+    res.head = file.tensor(prefix + "head", {GGML_TYPE_I32}, n_head_kv + 1, has_lists ? 3 : 2);
     mem_check_offsets(res.head->name, file.data_i32(res.head), n_head_kv + 1, n);
     res.offset.assign(file.data_i32(res.head), file.data_i32(res.head) + n_head_kv + 1);
 
-    if (kind.has_graph && file.tensor(prefix + "link0")) {
+    if (kind.is_searched && file.tensor(prefix + "link0")) {
         mem_load_graph(file, prefix, res);
+    }
+    if (has_lists) {
+        mem_load_lists(file, prefix, res);
     }
 
     return res;
@@ -411,6 +442,27 @@ llama_adapter_mem_segment mem_load_segment(const mem_file & file, const std::str
     }
 
     return res;
+}
+
+// whether a device computes the states of a layer
+bool mem_device_has_op(ggml_backend_dev_t dev, const llama_adapter_mem * mem, int il) {
+    const float gain = 0.0f;
+    const llama_adapter_mems mems(&mem, &gain, 1, LLAMA_MEM_LOOKUP_AUTO);
+
+    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*(16 + mem->get_n_nodes()), nullptr, true }) };
+    if (!ctx) {
+        return false;
+    }
+
+    const auto & hparams = mem->model->hparams;
+    mems.build_state_op(ctx.get(), ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, hparams.n_embd_head_k(il), 1, hparams.n_head(il)), mem->kq_scale, il);
+
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+        if (t->op == GGML_OP_MEM_STATE && !ggml_backend_dev_supports_op(dev, t)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 } // namespace
@@ -497,7 +549,9 @@ void llama_adapter_mem::load(const char * path) {
         for (auto & segment : layers[il].segments) {
             for (const auto & kind : MEM_KINDS) {
                 auto & entries = segment.*kind.entries;
-                for (auto ** t : { &entries.key, &entries.bias, &entries.value, &entries.lse, &entries.head, &entries.link0, &entries.link, &entries.upper }) {
+                for (auto ** t : { &entries.key, &entries.bias, &entries.value, &entries.lse, &entries.head,
+                                   &entries.link0, &entries.link, &entries.upper,
+                                   &entries.list_key, &entries.list_bias, &entries.list }) {
                     if (*t) {
                         ggml_tensor * copy = ggml_dup_tensor(ctx_for_buft(buft), *t);
                         ggml_set_name(copy, (*t)->name);
@@ -526,6 +580,10 @@ void llama_adapter_mem::load(const char * path) {
         } else {
             ggml_backend_tensor_alloc(bufs[std::distance(ctx_map.begin(), ctx_map.find(buft_host))].get(), t, const_cast<void *>(data));
         }
+    }
+
+    for (uint32_t il = 0; il < layers.size(); il++) {
+        layers[il].has_op = layers[il].is_host || layers[il].empty() || mem_device_has_op(model->dev_layer(il), this, il);
     }
 
     // scalar metadata for llama_adapter_mem_meta_*

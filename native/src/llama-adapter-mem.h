@@ -27,12 +27,17 @@ struct llama_adapter_mem_entries {
     ggml_tensor * bias  = nullptr; // [n]
     ggml_tensor * value = nullptr; // [n_embd_head_v, n]
     ggml_tensor * lse   = nullptr; // [n], centroids and residuals only
-    ggml_tensor * head  = nullptr; // [n_head_kv + 1, 2] first entry of each head, and where a search of its graph begins
+    ggml_tensor * head  = nullptr; // [n_head_kv + 1, 2 or 3] first entry of each head, where a walk of its graph begins, first list
 
     // optional HNSW graph, all ids are local to their head
     ggml_tensor * link0 = nullptr; // [m0, n]     neighbours on level 0, -1 fills the rest
     ggml_tensor * link  = nullptr; // [m, n_upper] neighbours on the levels above
     ggml_tensor * upper = nullptr; // [n + 1]     entry i has the rows upper[i] .. upper[i + 1] - 1 of link, level 1 first
+
+    // optional lists of neighbouring entries
+    ggml_tensor * list_key  = nullptr; // [n_embd_head_k, n_list]
+    ggml_tensor * list_bias = nullptr; // [n_list]
+    ggml_tensor * list      = nullptr; // [n_list + 1] first entry of each list
 
     std::vector<int32_t> offset;   // [n_head_kv + 1], head h owns the entries offset[h] .. offset[h + 1] - 1
 
@@ -54,8 +59,18 @@ struct llama_adapter_mem_layer {
     std::vector<llama_adapter_mem_segment> segments;
 
     bool is_host = true; // the tables are in memory that the CPU can read
+    bool has_op  = true; // the device of the layer has the op that looks them up
 
     bool empty() const { return segments.empty(); }
+
+    bool has_lookup(llama_mem_lookup lookup) const {
+        switch (lookup) {
+            case LLAMA_MEM_LOOKUP_SCAN:
+            case LLAMA_MEM_LOOKUP_LISTS: return has_op;
+            case LLAMA_MEM_LOOKUP_HNSW:  return is_host;
+            default:                     return true;
+        }
+    }
 };
 
 struct llama_adapter_mem {
@@ -135,7 +150,7 @@ struct llama_adapter_mems {
     ggml_tensor * build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
                              ggml_tensor * kq_mask, float kq_scale, int il);
 
-    // the state by the op for the CPU; no checks
+    // the state by the op; no checks
     ggml_tensor * build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const;
 
 private:

@@ -16,17 +16,24 @@ struct mem_args {
 
     const int32_t * offset;     // [n_head_kv + 1]
     const int32_t * entry;      // [n_head_kv], where the search of a head begins
-    const int32_t * link0;      // nullptr: there is no graph
+
+    const int32_t * link0;      // graph, or nullptr
     const int32_t * link;
     const int32_t * upper;
-
-    int64_t n_embd_k, n_embd_v, n_tokens, n_head, n_head_kv, n_gqa;
     int64_t m0, m;
 
-    float   scale;
+    const ggml_tensor * list_key; // [n_embd_k, n_list], or nullptr
+    const float       * list_bias;
+    const int32_t     * list;     // [n_list + 1], first entry of each list
+    const int32_t     * list_offset; // [n_head_kv + 1], first list of each head
+    int64_t n_probe;
+
+    int64_t n_embd_k, n_embd_v, n_tokens, n_head, n_head_kv, n_gqa;
+
+    float   scale;              // of the scores
     float   gain;
-    int64_t top_k;
-    int64_t hnsw_min_entries;   // smaller tables are scanned
+    int64_t top_k;              // how many entries a query takes
+    int64_t min_entries;        // smaller tables are scanned
 
     explicit mem_args(const ggml_tensor * dst) {
         q     = dst->src[0];
@@ -46,9 +53,19 @@ struct mem_args {
         offset = (const int32_t *) dst->src[6]->data;
         entry  = (const int32_t *) ((const char *) dst->src[6]->data + dst->src[6]->nb[1]);
 
+        n_probe = ggml_get_op_params_i32(dst, 5);
+
         link0 = link = upper = nullptr;
+        list_key  = nullptr;
+        list_bias = nullptr;
+        list = list_offset = nullptr;
         m0 = m = 0;
-        if (dst->src[7]) {
+        if (n_probe > 0) {
+            list_key    = dst->src[7];
+            list_bias   = (const float *) dst->src[8]->data;
+            list        = (const int32_t *) dst->src[9]->data;
+            list_offset = (const int32_t *) ((const char *) dst->src[6]->data + 2*dst->src[6]->nb[1]);
+        } else if (dst->src[7]) {
             link0 = (const int32_t *) dst->src[7]->data;
             link  = (const int32_t *) dst->src[8]->data;
             upper = (const int32_t *) dst->src[9]->data;
@@ -56,16 +73,17 @@ struct mem_args {
             m     = dst->src[8]->ne[0];
         }
 
-        kind             = (ggml_mem_kind) ggml_get_op_params_i32(dst, 0);
-        scale            = ggml_get_op_params_f32(dst, 1);
-        gain             = ggml_get_op_params_f32(dst, 2);
-        top_k            = ggml_get_op_params_i32(dst, 3);
-        hnsw_min_entries = ggml_get_op_params_i32(dst, 4);
+        kind        = (ggml_mem_kind) ggml_get_op_params_i32(dst, 0);
+        scale       = kind == GGML_MEM_TOKEN || kind == GGML_MEM_ANCHOR ? ggml_get_op_params_f32(dst, 1) : 1.0f;
+        gain        = ggml_get_op_params_f32(dst, 2);
+        top_k       = kind == GGML_MEM_TOKEN ? ggml_get_op_params_i32(dst, 3) : 1;
+        min_entries = ggml_get_op_params_i32(dst, 4);
     }
 
     int64_t n(int64_t h) const { return offset[h + 1] - offset[h]; }
 
-    bool use_hnsw(int64_t h) const { return link0 && n(h) > top_k && n(h) >= hnsw_min_entries; }
+    // whether a head has a search that is faster than a scan
+    bool use_search(int64_t h) const { return (link0 || list) && n(h) > top_k && n(h) >= min_entries; }
 
     // the queries of a KV head are numbered head by head
     const float * query(int64_t h, int64_t j) const {

@@ -98,9 +98,16 @@ struct mem_row_q8_0 {
 // NQ vectors, 4 at most, to the sums of their lanes
 template <int NQ>
 static void mem_sum_lanes(const GGML_F32_VEC * x, float * sum) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256 ab = _mm256_hadd_ps(x[0], x[std::min(1, NQ - 1)]);
-    const __m256 cd = _mm256_hadd_ps(x[std::min(2, NQ - 1)], x[NQ - 1]);
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    auto half = [&](int j) {
+        return _mm256_add_ps(_mm512_castps512_ps256(x[j]), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x[j]), 1)));
+    };
+#else
+    auto half = [&](int j) { return x[j]; };
+#endif
+    const __m256 ab = _mm256_hadd_ps(half(0), half(std::min(1, NQ - 1)));
+    const __m256 cd = _mm256_hadd_ps(half(std::min(2, NQ - 1)), half(NQ - 1));
     const __m256 y  = _mm256_hadd_ps(ab, cd);
     float res[4];
     _mm_storeu_ps(res, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));

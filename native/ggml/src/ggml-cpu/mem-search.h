@@ -1,4 +1,4 @@
-// The search of a table of a memory for the entries with the largest scale*key*q + bias: HNSW, or exact where there is no graph
+// The search of a table of a memory for the entries with the largest scale*key*q + bias: lists, HNSW, or a scan
 #pragma once
 
 #include "mem-args.h"
@@ -6,16 +6,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
-// number of candidates that a search for the best of n entries keeps on level 0, for a recall@1 of 0.98 (bench/lookup.py)
+// number of candidates that a walk for the best of n entries keeps on level 0, for a recall@1 of 0.98 (bench/lookup.py)
 static size_t mem_hnsw_ef(int64_t n) { return n <= 4096 ? 16 : n <= 16384 ? 24 : 48; }
 
 // for tokens: keys are harder to find than centroids, because queries are not distributed like them
-constexpr size_t MEM_HNSW_EF_TOKEN = 64;
+constexpr int64_t MEM_HNSW_EF_TOKEN = 64;
 
-// number of searches that take turns in a thread
+// number of walks that take turns in a thread
 constexpr int64_t MEM_HNSW_TURNS = 8;
 
 struct mem_candidate {
@@ -26,35 +25,53 @@ struct mem_candidate {
     mem_candidate(float score = -INFINITY, int32_t entry = 0) : score(score), entry(entry), expanded(false) {}
 };
 
-// the search of one query for the entries with the largest scale*key*q + bias
+// the best candidates of a search, the best first
+struct mem_best : std::vector<mem_candidate> {
+    size_t limit;
+
+    // where it is among them, or -1
+    int64_t keep(float score, int32_t entry) {
+        if (size() == limit) {
+            if (score <= back().score) {
+                return -1;
+            }
+            pop_back();
+        }
+        size_t at = size();
+        while (at > 0 && (*this)[at - 1].score < score) {
+            at--;
+        }
+        insert(begin() + at, mem_candidate(score, entry));
+        return at;
+    }
+};
+
+// the search of one query
 struct mem_search {
     const mem_args * a;
     int64_t       h;
     const float * q;
-    float         scale;
-    size_t        ef;               // how many candidates are kept
 
     const char    * key;            // of the head
     const float   * bias;
-    const int32_t * link0;          // nullptr: there is no graph
+    const int32_t * link0;
 
-    std::vector<mem_candidate> found;   // the best first
-    std::vector<int32_t>       next;    // entries to be scored
-    std::vector<float>         score;
-    int64_t                    n_next;
+    mem_best             found;
+    mem_best             lists;     // to be searched
+    std::vector<int32_t> next;      // HNSW: entries to be scored
+    std::vector<float>   score;
+    int64_t              n_next;
 
     // HNSW
     int32_t               level;
     mem_candidate         best;     // above level 0
-    size_t                first;    // no candidate before this one is to be expanded
+    int64_t               first;    // no candidate before this one is to be expanded
     std::vector<uint64_t> visited;  // a bit per entry
 
-    void set(const mem_args & args, int64_t head, const float * query, float factor, size_t size) {
-        a     = &args;
-        h     = head;
-        q     = query;
-        scale = factor;
-        ef    = size;
+    void set(const mem_args & args, int64_t head, const float * query) {
+        a = &args;
+        h = head;
+        q = query;
 
         key   = (const char *) a->key->data + a->offset[h]*a->key->nb[1];
         bias  = (const float *) a->bias->data + a->offset[h];
@@ -64,49 +81,58 @@ struct mem_search {
         first  = 0;
         n_next = 0;
         found.clear();
+        found.limit = a->top_k;
         next .resize(std::max({ a->m0, a->m, MEM_TILE_ROWS }));
         score.resize(next.size());
     }
 
-    void score_next() {
-        mem_by_type(a->key, [&](auto type) {
-            mem_by_four(n_next, [&](auto nr, int64_t i) {
-                const char * rows[nr];
+    // scale*row*q + bias of n rows
+    template <typename F>
+    void score_rows(const ggml_tensor * table, const char * rows, const float * row_bias, int64_t n, F index) {
+        mem_by_type(table, [&](auto type) {
+            mem_by_four(n, [&](auto nr, int64_t i) {
+                const char * at[nr];
                 for (int r = 0; r < nr; r++) {
-                    rows[r] = key + next[i + r]*a->key->nb[1];
+                    at[r] = rows + index(i + r)*table->nb[1];
                 }
-                mem_dot<decltype(type), nr, 1>(a->n_embd_k, rows, q, score.data() + i);
+                mem_dot<decltype(type), nr, 1>(a->n_embd_k, at, q, score.data() + i);
             });
         });
-        for (int64_t i = 0; i < n_next; i++) {
-            score[i] = score[i]*scale + bias[next[i]];
+        for (int64_t i = 0; i < n; i++) {
+            score[i] = score[i]*a->scale + row_bias[index(i)];
         }
     }
 
-    void keep_next() {
-        for (int64_t i = 0; i < n_next; i++) {
-            if (found.size() == ef) {
-                if (score[i] <= found.back().score) {
-                    continue;
-                }
-                found.pop_back();
+    // all entries from i0 to i1 - 1
+    void scan(int64_t i0, int64_t i1) {
+        for (; i0 < i1; i0 += MEM_TILE_ROWS) {
+            const int64_t n = std::min(MEM_TILE_ROWS, i1 - i0);
+            score_rows(a->key, key, bias, n, [&](int64_t i) { return i0 + i; });
+            for (int64_t i = 0; i < n; i++) {
+                found.keep(score[i], i0 + i);
             }
-            size_t at = found.size();
-            while (at > 0 && found[at - 1].score < score[i]) {
-                at--;
-            }
-            found.insert(found.begin() + at, mem_candidate(score[i], next[i]));
-            first = std::min(first, at);
-            mem_prefetch(link0 + next[i]*a->m0, a->m0*sizeof(int32_t)); // it is likely to be expanded
         }
     }
 
-    void scan() {
-        for (int64_t i0 = 0; i0 < a->n(h); i0 += MEM_TILE_ROWS) {
-            n_next = std::min(MEM_TILE_ROWS, a->n(h) - i0);
-            std::iota(next.begin(), next.begin() + n_next, i0);
-            score_next();
-            keep_next();
+    // the entries of the lists with the largest scores
+    void probe() {
+        lists.clear();
+        lists.limit = a->n_probe;
+        for (int64_t c = a->list_offset[h]; c < a->list_offset[h + 1]; c += MEM_TILE_ROWS) {
+            const int64_t n = std::min<int64_t>(MEM_TILE_ROWS, a->list_offset[h + 1] - c);
+            score_rows(a->list_key, (const char *) a->list_key->data, a->list_bias, n, [&](int64_t i) { return c + i; });
+            for (int64_t i = 0; i < n; i++) {
+                lists.keep(score[i], c + i);
+            }
+        }
+        for (const auto & list : lists) {
+            const int64_t i0 = a->list[list.entry] - a->offset[h];
+            const int64_t n  = a->list[list.entry + 1] - a->list[list.entry];
+            mem_prefetch(key + i0*a->key->nb[1], n*a->key->nb[1]);
+            mem_prefetch(bias + i0, n*sizeof(float));
+        }
+        for (const auto & list : lists) {
+            scan(a->list[list.entry] - a->offset[h], a->list[list.entry + 1] - a->offset[h]);
         }
     }
 
@@ -115,6 +141,7 @@ struct mem_search {
     //
 
     void begin() {
+        found.limit = a->kind == GGML_MEM_TOKEN ? std::max(MEM_HNSW_EF_TOKEN, 2*a->top_k) : mem_hnsw_ef(a->n(h));
         next[0] = a->entry[h];
         n_next  = 1;
         score_next();
@@ -124,6 +151,10 @@ struct mem_search {
             descend();
         }
         ask();
+    }
+
+    void score_next() {
+        score_rows(a->key, key, bias, n_next, [&](int64_t i) { return next[i]; });
     }
 
     int32_t n_levels(int32_t i) const { return a->upper[a->offset[h] + i + 1] - a->upper[a->offset[h] + i]; }
@@ -151,10 +182,10 @@ struct mem_search {
                 next[n_next++] = link[j];
             }
         } else {
-            while (first < found.size() && found[first].expanded) {
+            while (first < (int64_t) found.size() && found[first].expanded) {
                 first++;
             }
-            if (first == found.size()) {
+            if (first == (int64_t) found.size()) {
                 return false;
             }
             found[first].expanded = true;
@@ -175,7 +206,13 @@ struct mem_search {
     void answer() {
         score_next();
         if (level == 0) {
-            keep_next();
+            for (int64_t i = 0; i < n_next; i++) {
+                const int64_t at = found.keep(score[i], next[i]);
+                if (at >= 0) {
+                    first = std::min(first, at);
+                    mem_prefetch(link0 + next[i]*a->m0, a->m0*sizeof(int32_t)); // it is likely to be expanded
+                }
+            }
             return;
         }
         const auto top = std::max_element(score.begin(), score.begin() + n_next);
@@ -191,19 +228,19 @@ struct mem_search {
 struct mem_searches {
     std::vector<mem_search> search;
 
-    // queries i0 .. i1 - 1 where the table has a graph; in turns, so that the rows that one asks for arrive while others score theirs
-    // ef: 0 is what it takes to find the best one
-    void hnsw(const mem_args & a, int64_t i0, int64_t i1, float scale, size_t ef = 0) {
+    // queries i0 .. i1 - 1 of heads that have a search
+    void run(const mem_args & a, int64_t i0, int64_t i1) {
         const int64_t n_q = a.n_gqa*a.n_tokens;
         search.resize(std::max<size_t>(search.size(), i1 - i0));
         for (int64_t i = i0; i < i1; i++) {
             const int64_t h = i/n_q;
-            search[i - i0].set(a, h, a.query(h, i%n_q), scale, ef ? ef : mem_hnsw_ef(a.n(h)));
-            if (a.use_hnsw(h)) {
-                search[i - i0].begin();
+            search[i - i0].set(a, h, a.query(h, i%n_q));
+            if (a.use_search(h)) {
+                a.list ? search[i - i0].probe() : search[i - i0].begin();
             }
         }
-        for (bool more = true; more; ) {
+        // in turns, so that the rows that one walk asks for arrive while others score theirs
+        for (bool more = a.link0; more; ) {
             more = false;
             for (int64_t i = i0; i < i1; i++) {
                 search[i - i0].answer();

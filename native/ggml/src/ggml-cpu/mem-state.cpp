@@ -1,4 +1,4 @@
-// GGML_OP_MEM_STATE on the CPU: attention over the anchors of a memory, and lookups by exact scan or HNSW
+// GGML_OP_MEM_STATE on the CPU: attention over the anchors of a memory, and lookups by scan, lists or HNSW
 //
 // The query heads of a KV head share its table. Few queries: each row is read in place, once for all of them. Many: rows are
 // converted to F32 in tiles, and scores and sums are matrix products.
@@ -133,7 +133,7 @@ struct mem_work {
     }
 
     // scale*key*q + bias of n rows from i0 on, for n_q loaded queries, to s; -INFINITY fills up the tile
-    void score(const mem_args & a, int64_t i0, int64_t n, int64_t n_q, float scale) const {
+    void score(const mem_args & a, int64_t i0, int64_t n, int64_t n_q) const {
         const int64_t d = a.n_embd_k;
         if (n_q < MEM_GEMM_MIN_QUERIES) {
             mem_by_type(a.key, [&](auto type) {
@@ -165,7 +165,7 @@ struct mem_work {
         const float * bias = (const float *) a.bias->data + i0;
         for (int64_t j = 0; j < n_q; j++) {
             for (int64_t i = 0; i < n; i++) {
-                s[j*MEM_TILE_ROWS + i] = s[j*MEM_TILE_ROWS + i]*scale + bias[i];
+                s[j*MEM_TILE_ROWS + i] = s[j*MEM_TILE_ROWS + i]*a.scale + bias[i];
             }
             std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, -INFINITY);
         }
@@ -181,7 +181,7 @@ struct mem_work {
             mem_prefetch((const char *) a.value->data + i0*a.value->nb[1], n*a.value->nb[1]);
             mem_prefetch((const char *) a.key->data + (i0 + n)*a.key->nb[1], std::min(MEM_TILE_ROWS, i1 - i0 - n)*a.key->nb[1]);
 
-            score(a, i0, n, n_q, a.scale);
+            score(a, i0, n, n_q);
 
             for (int64_t j = 0; j < n_q; j++) {
                 float * row = s + j*MEM_TILE_ROWS;
@@ -207,12 +207,12 @@ struct mem_work {
         }
     }
 
-    // the entry of KV head h with the largest key*q + bias among the rows i0 .. i1 - 1, for n_q loaded queries
+    // the entry of KV head h with the largest score among the rows i0 .. i1 - 1, for n_q loaded queries
     void scan(const mem_args & a, int64_t h, int64_t i0, int64_t i1, int64_t n_q, mem_candidate * best) const {
         for (; i0 < i1; i0 += MEM_TILE_ROWS) {
             const int64_t n = std::min(MEM_TILE_ROWS, i1 - i0);
 
-            score(a, i0, n, n_q, 1.0f);
+            score(a, i0, n, n_q);
 
             for (int64_t j = 0; j < n_q; j++) {
                 const float * row = s + j*MEM_TILE_ROWS;
@@ -264,15 +264,14 @@ void mem_take(const mem_args & a, int64_t h, int64_t j, const mem_candidate & be
 void mem_take_top(const mem_args & a, int64_t i0, int64_t i1, const mem_work & work, mem_searches & searches, ggml_tensor * dst) {
     const int64_t n_q = a.n_gqa*a.n_tokens;
 
-    searches.hnsw(a, i0, i1, a.scale, std::max(MEM_HNSW_EF_TOKEN, 2*(size_t) a.top_k));
+    searches.run(a, i0, i1);
     for (int64_t i = i0; i < i1; i++) {
         const int64_t h = i/n_q;
         const int64_t j = i%n_q;
 
         mem_search & search = searches.search[i - i0];
-        if (!a.use_hnsw(h)) {
-            search.ef = a.top_k;
-            search.scan();
+        if (!a.use_search(h)) {
+            search.scan(0, a.n(h));
         }
         work.acc.clear(1);
         for (size_t k = 0; k < std::min<size_t>(a.top_k, search.found.size()); k++) {
@@ -325,7 +324,7 @@ void mem_lookup_split(const mem_args & a, const ggml_compute_params * params, co
     mem_for_rows(a, params, [&](int64_t h, int64_t i0, int64_t i1) {
         mem_candidate * best = partial(params->ith, h);
         std::fill(best, best + n_q, mem_candidate());
-        if (i0 < i1 && !a.use_hnsw(h)) {
+        if (i0 < i1 && !a.use_search(h)) {
             work.load(a, h, 0, n_q);
             work.scan(a, h, i0, i1, n_q, best);
         }
@@ -334,12 +333,12 @@ void mem_lookup_split(const mem_args & a, const ggml_compute_params * params, co
     ggml_barrier(params->threadpool);
 
     mem_for_share(a.n_head_kv*n_q, MEM_HNSW_TURNS, params, [&](int64_t i0, int64_t i1) {
-        searches.hnsw(a, i0, i1, 1.0f);
+        searches.run(a, i0, i1);
         for (int64_t i = i0; i < i1; i++) {
             const int64_t h = i/n_q;
             const int64_t j = i%n_q;
 
-            mem_candidate best = a.use_hnsw(h) ? searches.search[i - i0].found.front() : partial(0, h)[j];
+            mem_candidate best = a.use_search(h) ? searches.search[i - i0].found.front() : partial(0, h)[j];
             for (int t = 1; t < params->nth; t++) {
                 if (partial(t, h)[j].score > best.score) {
                     best = partial(t, h)[j];
@@ -355,10 +354,10 @@ void mem_lookup(const mem_args & a, const ggml_compute_params * params, const me
 
     mem_for_queries(a, params, [&](int64_t h, int64_t j0, int64_t n) {
         mem_candidate best[MEM_TILE_QUERIES];
-        if (a.use_hnsw(h)) {
+        if (a.use_search(h)) {
             for (int64_t j = 0; j < n; j += MEM_HNSW_TURNS) {
                 const int64_t m = std::min(MEM_HNSW_TURNS, n - j);
-                searches.hnsw(a, h*n_q + j0 + j, h*n_q + j0 + j + m, 1.0f);
+                searches.run(a, h*n_q + j0 + j, h*n_q + j0 + j + m);
                 for (int64_t l = 0; l < m; l++) {
                     best[j + l] = searches.search[l].found.front();
                 }
