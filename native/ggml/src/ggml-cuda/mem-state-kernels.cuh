@@ -7,7 +7,7 @@
 #include "common.cuh"
 
 #define MEM_MAX_EMBD   256
-#define MEM_MAX_LISTS 8192 // of a head, their scores are in shared memory
+#define MEM_MAX_LISTS 8192 // their scores are in shared memory
 #define MEM_MAX_TOP_K 1024
 #define MEM_THREADS    256
 #define MEM_TILE_ROWS   64
@@ -235,6 +235,7 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend(const mem_state
     __shared__ float o_sum[NQ*MEM_MAX_EMBD];
     __shared__ float fix[NQ], max_q[NQ], sum_q[NQ];
 
+    ggml_cuda_pdl_sync();
     mem_load_queries<NQ>(a, h, j0, q);
 
     // of the query of this warp
@@ -326,6 +327,8 @@ static __global__ void mem_attend_merge(const mem_state_args a, const float * pa
     const int     stride = a.d_v + 2;
     const float * part   = partial + (int64_t(h)*a.n_q() + j)*n_share*stride;
 
+    ggml_cuda_pdl_sync();
+
     float max = -INFINITY;
     for (int i = 0; i < n_share; ++i) {
         max = fmaxf(max, part[i*stride]);
@@ -362,6 +365,7 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_scan(const mem_state_a
     __shared__ float    s[NQ*MEM_TILE_ROWS];
     __shared__ mem_best found[NQ];
 
+    ggml_cuda_pdl_sync();
     mem_load_queries<NQ>(a, h, j0, q);
 
     mem_best best = { -INFINITY, -1 };
@@ -403,6 +407,8 @@ static __global__ void mem_scan_merge(const mem_state_args a, const mem_best * p
     const int h = blockIdx.y;
     const int j = blockIdx.x;
 
+    ggml_cuda_pdl_sync();
+
     mem_best best = { -INFINITY, -1 };
     for (int i = 0; i < n_share; ++i) {
         best = mem_better(best, partial[(int64_t(h)*a.n_q() + j)*n_share + i]);
@@ -414,8 +420,7 @@ static __global__ void mem_scan_merge(const mem_state_args a, const mem_best * p
 // search of lists: a block per query, gridDim is (queries of a KV head, KV heads)
 //
 
-// shared memory: scores of the lists of the head with the most, [n_list_max]
-static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_state_args a, const int n_list_max) {
+static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_state_args a) {
     constexpr int n_warp = 2*MEM_THREADS/WARP_SIZE;
 
     const int tid  = threadIdx.x;
@@ -426,14 +431,15 @@ static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_stat
 
     __shared__ float    q[MEM_MAX_EMBD];
     __shared__ mem_best found[n_warp];
-    extern __shared__ float score[];
+    __shared__ float    score[MEM_MAX_LISTS];
 
+    ggml_cuda_pdl_sync();
     mem_load_queries<1>(a, h, j, q);
 
     const int n0     = a.offset[h];
     const int n      = a.offset[h + 1] - n0;
     const int list0  = a.list_offset[h];
-    const int n_list = min(a.list_offset[h + 1] - list0, n_list_max);
+    const int n_list = a.list_offset[h + 1] - list0;
 
     mem_best best = { -INFINITY, -1 };
 
@@ -529,6 +535,7 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_s
     __shared__ int      chosen[MEM_MAX_TOP_K];
     __shared__ float    p[MEM_MAX_TOP_K];
 
+    ggml_cuda_pdl_sync();
     mem_load_queries<1>(a, h, j, q);
 
     const int n0 = a.offset[h];
@@ -642,6 +649,8 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_s
 //
 
 static __global__ void mem_merge(const float * x, const float * y, float * dst, const int d_v) {
+    ggml_cuda_pdl_sync();
+
     mem_state_args a = {};
     a.state     = y + int64_t(blockIdx.x)*(d_v + 1);
     a.dst       = dst + int64_t(blockIdx.x)*(d_v + 1);

@@ -73,12 +73,13 @@ static void mem_by_queries(const int n_q, F f) {
 }
 
 void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    cudaStream_t stream = ctx.stream();
+    auto launch = [&](auto kernel, const dim3 & grid, const int n_threads, auto... args) {
+        ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(n_threads), 0, ctx.stream()), args...);
+    };
 
     if (ggml_get_op_params_i32(dst, 0) == GGML_MEM_MERGE) {
-        mem_merge<<<ggml_nrows(dst), MEM_THREADS, 0, stream>>>(
-            (const float *) dst->src[0]->data, (const float *) dst->src[1]->data, (float *) dst->data, dst->ne[0] - 1);
-        CUDA_CHECK(cudaGetLastError());
+        launch(mem_merge, dim3(ggml_nrows(dst)), MEM_THREADS,
+            (const float *) dst->src[0]->data, (const float *) dst->src[1]->data, (float *) dst->data, int(dst->ne[0] - 1));
         return;
     }
 
@@ -91,16 +92,13 @@ void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
         const int     n_turn = std::clamp<int64_t>(MEM_MAX_SCORES/(a.n_head_kv*n_row), 1, a.n_q());
         ggml_cuda_pool_alloc<float> scores(ctx.pool(), int64_t(a.n_head_kv)*n_turn*n_row);
         for (int j = 0; j < a.n_q(); j += n_turn) {
-            mem_attend_top<<<dim3(std::min(n_turn, a.n_q() - j), a.n_head_kv), MEM_THREADS, 0, stream>>>(a, j, scores.get(), n_row);
+            launch(mem_attend_top, dim3(std::min(n_turn, a.n_q() - j), a.n_head_kv), MEM_THREADS, a, j, scores.get(), n_row);
         }
-        CUDA_CHECK(cudaGetLastError());
         return;
     }
 
     if (a.n_probe > 0) {
-        const int n_list_max = std::min<int64_t>(dst->src[7]->ne[1], MEM_MAX_LISTS);
-        mem_probe<<<grid_q, 2*MEM_THREADS, n_list_max*sizeof(float), stream>>>(a, n_list_max);
-        CUDA_CHECK(cudaGetLastError());
+        launch(mem_probe, grid_q, 2*MEM_THREADS, a);
         return;
     }
 
@@ -119,21 +117,20 @@ void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
             if (n_share > 1) {
                 partial.alloc(n_part*(a.d_v + 2));
             }
-            mem_attend<nq><<<grid, MEM_THREADS, 0, stream>>>(a, partial.get());
+            launch(mem_attend<nq>, grid, MEM_THREADS, a, partial.get());
             if (n_share > 1) {
-                mem_attend_merge<<<grid_q, MEM_THREADS, 0, stream>>>(a, partial.get(), n_share);
+                launch(mem_attend_merge, grid_q, MEM_THREADS, a, partial.get(), n_share);
             }
         } else {
             ggml_cuda_pool_alloc<mem_best> partial(ctx.pool());
             if (n_share > 1) {
                 partial.alloc(n_part);
             }
-            mem_scan<nq><<<grid, MEM_THREADS, 0, stream>>>(a, partial.get());
+            launch(mem_scan<nq>, grid, MEM_THREADS, a, partial.get());
             if (n_share > 1) {
-                mem_scan_merge<<<grid_q, MEM_THREADS, 0, stream>>>(a, partial.get(), n_share);
+                launch(mem_scan_merge, grid_q, MEM_THREADS, a, partial.get(), n_share);
             }
         }
-        CUDA_CHECK(cudaGetLastError());
     });
 }
 
