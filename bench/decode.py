@@ -28,7 +28,7 @@ from attnmem_local.evaluate import Scorer
 from attnmem_local.memory import Memory
 from cold_start import options
 from prefixes import BUILD
-from shapes import default_memory, write_llama_1b
+from shapes import LLAMA_1B, default_memory, write_llama
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"default": (DEFAULT_MODEL, (512, 2048, 4096, 7600)), "1b": (BUILD / "llama-1b.gguf", (2048, 8192, 32768))}
@@ -49,7 +49,7 @@ def main(models: tuple[str, ...], lengths: tuple[int, ...], rounds: int, threads
     for name in models:
         path, all_lengths = MODELS[name]
         if name == "1b" and not path.exists():
-            write_llama_1b(path)
+            write_llama(path, LLAMA_1B)
         for n in lengths or all_lengths:
             rows += measure(name, path, n, [m for m in MODES if n <= LONGEST.get((name, m), n)], rounds, threads)
             result = {"date": date.today().isoformat(), "threads": threads, "rows": rows}

@@ -1,41 +1,54 @@
 """Models and memories of random numbers, in sizes that matter for speed: what a token costs does not depend on the numbers."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from attnmem_local.budget import head_bytes
-from attnmem_local.build import default_bytes
-from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.memory import Entries, LayerMemory, Memory, ModelSpec, quantize_rows
-from attnmem_local.model import fingerprint_norms, fingerprint_vocab
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 
-def write_llama_1b(path: Path) -> None:
-    """A model with the shape of Llama-3.2-1B in Q4_0, and the tokenizer of the default model, filled up."""
-    n_layer, n_embd, n_ff, n_head, n_head_kv, d, n_vocab = 16, 2048, 8192, 32, 8, 64, 128256
+@dataclass(frozen=True)
+class Shape:
+    """Of a llama model."""
+
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    d: int  # of a head
+    n_vocab: int = 128256
+
+
+LLAMA_1B = Shape(16, 2048, 8192, 32, 8, 64)  # Llama-3.2-1B
+LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128)  # Llama-3.1-8B
+TINY = Shape(2, 256, 512, 8, 2, 32, 2048)
+
+
+def write_llama(path: Path, shape: Shape) -> None:
+    """A model of random weights in Q4_0, with a vocabulary of bytes that is filled up."""
     rng = np.random.default_rng(0)
-    fields = gguf.GGUFReader(DEFAULT_MODEL).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
+    tokens = [*_byte_tokens(), *(f"[PAD{i}]" for i in range(256, shape.n_vocab))]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(n_layer)
-    writer.add_context_length(131072)
-    writer.add_embedding_length(n_embd)
-    writer.add_feed_forward_length(n_ff)
-    writer.add_head_count(n_head)
-    writer.add_head_count_kv(n_head_kv)
+    writer.add_block_count(shape.n_layer)
+    writer.add_context_length(262144)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500000.0)
-    writer.add_rope_dimension_count(d)
-    writer.add_vocab_size(n_vocab)
+    writer.add_rope_dimension_count(shape.d)
+    writer.add_vocab_size(shape.n_vocab)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fields["tokenizer.ggml.pre"].contents())
-    writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in range(len(tokens), n_vocab))])
-    writer.add_token_types([*fields["tokenizer.ggml.token_type"].contents(), *[gguf.TokenType.UNUSED] * (n_vocab - len(tokens))])
-    writer.add_token_merges(fields["tokenizer.ggml.merges"].contents())
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.UNUSED] * (shape.n_vocab - 256))
+    writer.add_token_merges(["a b"])  # llama.cpp wants some
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 
@@ -46,29 +59,56 @@ def write_llama_1b(path: Path) -> None:
         writer.add_tensor(name, table.reshape(n_out, -1), raw_dtype=Q4_0)
 
     def add_norm(name: str) -> None:
-        writer.add_tensor(name, np.ones(n_embd, np.float32))
+        writer.add_tensor(name, np.ones(shape.n_embd, np.float32))
 
-    add("token_embd.weight", n_vocab, n_embd)
+    add("token_embd.weight", shape.n_vocab, shape.n_embd)
     add_norm("output_norm.weight")
-    for i in range(n_layer):
+    for i in range(shape.n_layer):
         block = f"blk.{i}."
         add_norm(block + "attn_norm.weight")
-        add(block + "attn_q.weight", n_head * d, n_embd)
-        add(block + "attn_k.weight", n_head_kv * d, n_embd)
-        add(block + "attn_v.weight", n_head_kv * d, n_embd)
-        add(block + "attn_output.weight", n_embd, n_head * d)
+        add(block + "attn_q.weight", shape.n_head * shape.d, shape.n_embd)
+        add(block + "attn_k.weight", shape.n_head_kv * shape.d, shape.n_embd)
+        add(block + "attn_v.weight", shape.n_head_kv * shape.d, shape.n_embd)
+        add(block + "attn_output.weight", shape.n_embd, shape.n_head * shape.d)
         add_norm(block + "ffn_norm.weight")
-        add(block + "ffn_gate.weight", n_ff, n_embd)
-        add(block + "ffn_up.weight", n_ff, n_embd)
-        add(block + "ffn_down.weight", n_embd, n_ff)
+        add(block + "ffn_gate.weight", shape.n_ff, shape.n_embd)
+        add(block + "ffn_up.weight", shape.n_ff, shape.n_embd)
+        add(block + "ffn_down.weight", shape.n_embd, shape.n_ff)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def _byte_tokens() -> list[str]:
+    """The bytes as GPT-2 spells them."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def lookup_table(spec: ModelSpec, n: int) -> Entries:
+    """A table of n centroids for each KV head."""
+    rng = np.random.default_rng(0)
+    total = n * spec.head_count_kv
+    key, value = (rng.standard_normal((total, d), dtype=np.float32).astype(np.float16) for d in (spec.key_length, spec.value_length))
+    bias = -np.square(key, dtype=np.float32).sum(-1) / 2
+    offset = np.arange(0, total + 1, n, dtype=np.int32)
+    return Entries(key, bias, value, offset, lse=rng.standard_normal(total, dtype=np.float32))
+
+
+def lookup_memory(model: Path, n: int) -> Memory:
+    """A memory with the same table of n entries per KV head in each layer."""
+    spec = _spec(gguf.GGUFReader(model))
+    layer = LayerMemory(centroid=lookup_table(spec, n))
+    return Memory(spec, [0], "random", [{il: layer for il in range(spec.block_count)}], [0, 1])
+
+
 def default_memory(model: Path, n_tokens: int) -> Memory:
     """As large as the default build makes it for a prefix of so many tokens, with heads of as uneven size."""
+    from attnmem_local.budget import head_bytes  # a machine that only measures need not be able to build
+    from attnmem_local.build import default_bytes
+
     reader = gguf.GGUFReader(model)
     spec = _spec(reader)
     rng = np.random.default_rng(0)
@@ -85,6 +125,8 @@ def default_memory(model: Path, n_tokens: int) -> Memory:
 
 
 def _spec(reader: gguf.GGUFReader) -> ModelSpec:
+    from attnmem_local.model import fingerprint_norms, fingerprint_vocab
+
     architecture = reader.fields["general.architecture"].contents()
 
     def field(name: str):
