@@ -55,7 +55,7 @@ class Run:
         self.folder = ROOT / "build" / f"gpu{'-cpu' if cpu else ''}{'-tiny' if tiny else ''}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cmake = ROOT / "build" / f"gpu{'-cpu' if cpu else ''}" / "cmake"
-        self.libraries = Path(os.environ.get("LLAMA_CPP_LIB_PATH", self.cmake / "bin"))
+        self.libraries = Path(os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(self.cmake / "bin")))  # llama_cpp reads it
 
     def shape(self):
         import shapes  # which needs what is in the tree
@@ -225,7 +225,8 @@ def attention_bytes(shape, what: str, n: int, batch: int) -> int:
 
 @stage
 def decode(run: Run, rows: Rows) -> None:
-    from shapes import lookup_memory, write_llama
+    import gguf
+    from shapes import lookup_memory, model_spec, write_llama
 
     model = run.folder / "model.gguf"
     shape = run.shape()
@@ -233,6 +234,7 @@ def decode(run: Run, rows: Rows) -> None:
         part = model.with_suffix(".part")
         write_llama(part, shape)
         part.rename(model)
+    spec = model_spec(gguf.GGUFReader(model))
     decoder = Decoder(run, model)
     kv_bytes = 2 * 2 * shape.n_head_kv * shape.d * shape.n_layer  # per token
 
@@ -247,7 +249,7 @@ def decode(run: Run, rows: Rows) -> None:
         if all(rows.has(what="memory", n=n, batch=batch) for batch in run.sizes.batches):
             continue
         path = run.folder / "memory.mem.gguf"
-        lookup_memory(model, n).save(path)
+        lookup_memory(spec, n).save(path)
         decoder.llama.attach(path)
         measure("memory", n, shape.n_layer * attention_bytes(shape, "memory", n, 1))
         decoder.llama.detach()
@@ -261,7 +263,6 @@ class Decoder:
     """A model that decodes batches of sequences, which share a prefix of random tokens."""
 
     def __init__(self, run: Run, model: Path):
-        os.environ["LLAMA_CPP_LIB_PATH"] = str(run.libraries)
         import llama_cpp.llama_cpp as api
 
         from attnmem_local.runtime import MemoryLlama
@@ -321,7 +322,6 @@ class Decoder:
 
 @stage
 def builder(run: Run, rows: Rows) -> None:
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(run.libraries)
     import tempfile
 
     import torch

@@ -97,9 +97,8 @@ def lookup_table(spec: ModelSpec, n: int) -> Entries:
     return Entries(key, bias, value, offset, lse=rng.standard_normal(total, dtype=np.float32))
 
 
-def lookup_memory(model: Path, n: int) -> Memory:
+def lookup_memory(spec: ModelSpec, n: int) -> Memory:
     """A memory with the same table of n entries per KV head in each layer."""
-    spec = _spec(gguf.GGUFReader(model))
     layer = LayerMemory(centroid=lookup_table(spec, n))
     return Memory(spec, [0], "random", [{il: layer for il in range(spec.block_count)}], [0, 1])
 
@@ -110,7 +109,7 @@ def default_memory(model: Path, n_tokens: int) -> Memory:
     from attnmem_local.build import default_bytes
 
     reader = gguf.GGUFReader(model)
-    spec = _spec(reader)
+    spec = model_spec(reader)
     rng = np.random.default_rng(0)
     nbytes = default_bytes(n_tokens * spec.kv_bytes_per_token(), sum(int(t.n_elements) for t in reader.tensors))
     weight = rng.lognormal(sigma=1.3, size=(spec.block_count, spec.head_count_kv))
@@ -124,7 +123,7 @@ def default_memory(model: Path, n_tokens: int) -> Memory:
     return Memory(spec, rng.integers(300, 1024, n_tokens).tolist(), "random", [layers], [0, n_tokens])
 
 
-def _spec(reader: gguf.GGUFReader) -> ModelSpec:
+def model_spec(reader: gguf.GGUFReader) -> ModelSpec:
     from attnmem_local.model import fingerprint_norms, fingerprint_vocab
 
     architecture = reader.fields["general.architecture"].contents()
