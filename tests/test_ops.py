@@ -12,17 +12,23 @@ from conftest import ROOT
 LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
+NATIVE = Path(__file__).parent / "native"
+GGML = ROOT / "build/tree/vendor/llama.cpp/ggml"
+
+
+def compiled(program: Path, *options) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("ops") / "mem-state"
-    source = Path(__file__).parent / "native/mem-state.cpp"
-    include = ROOT / "build/tree/vendor/llama.cpp/ggml/include"
     libraries = ["-L", LIBRARIES, f"-Wl,-rpath,{LIBRARIES}", "-lggml", "-lggml-cpu", "-lggml-base"]
-    subprocess.run([compiler, "-std=c++17", "-O2", "-I", include, source, "-o", program, *libraries], check=True)
+    options = ["-std=c++17", "-O2", "-I", GGML / "include", *options]
+    subprocess.run([compiler, *options, NATIVE / "mem-state.cpp", "-o", program, *libraries], check=True)
     return program
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    return compiled(tmp_path_factory.mktemp("ops") / "mem-state")
 
 
 def test_states_and_flash_attention_with_a_state(program):
@@ -34,4 +40,11 @@ def test_the_same_on_the_gpu(program):
     done = subprocess.run([program, "gpu"], capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(f"{done.stdout.strip()}: no GPU, or built without it (./build.sh --cuda)")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_cuda_op_emulated(tmp_path):
+    """The kernels of the CUDA op as threads that take turns on the CPU: every case in 25."""
+    options = ["-DEMULATED", "-Wno-unknown-pragmas", "-I", NATIVE / "cuda-emulation", "-I", GGML / "src"]
+    done = subprocess.run([compiled(tmp_path / "emulated", *options), "gpu", "25"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

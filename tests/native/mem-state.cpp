@@ -2,6 +2,7 @@
 //
 //   mem-state cpu|gpu [EVERY]    EVERY: one of so many cases only
 //
+// With EMULATED defined `gpu` is the CUDA op, its kernels running on the CPU: see cuda-emulation/common.cuh.
 // Prints one line for each group of cases and returns 1 if one of them fails, or has no case that the device supports; 77 if
 // there is no such device. Outputs hold NaN before the ops write them. Driven by tests/test_ops.py
 
@@ -9,6 +10,10 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
+
+#if defined(EMULATED)
+#include "../../native/ggml/src/ggml-cuda/mem-state.cu"
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -42,7 +47,7 @@ struct test_graph {
     bool alloc(ggml_tensor * res) {
         ggml_build_forward_expand(gf, res);
         for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
-            if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
+            if (!supports(ggml_graph_node(gf, i))) {
                 return false;
             }
         }
@@ -60,7 +65,24 @@ struct test_graph {
         if (ggml_backend_is_cpu(backend)) {
             ggml_backend_cpu_set_n_threads(backend, n_threads);
         }
+#if defined(EMULATED)
+        for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+            if (ggml_graph_node(gf, i)->op == GGML_OP_MEM_STATE) {
+                ggml_backend_cuda_context emulated;
+                ggml_cuda_op_mem_state(emulated, ggml_graph_node(gf, i));
+            }
+        }
+#else
         GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
+#endif
+    }
+
+    static bool supports(const ggml_tensor * op) {
+#if defined(EMULATED)
+        return op->op == GGML_OP_MEM_STATE ? ggml_cuda_mem_state_supported(op) : op->op != GGML_OP_FLASH_ATTN_EXT;
+#else
+        return ggml_backend_supports_op(backend, op);
+#endif
     }
 };
 
@@ -202,8 +224,8 @@ struct group {
     }
 };
 
-// all queries, for tables of random size, some of them empty
-static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_kind kind, bool with_state, float gain) {
+// all queries, for tables of random size, some of them empty; n_probe: of lists of random size, 0 for a scan
+static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_kind kind, bool with_state, float gain, int n_probe = 0) {
     test_graph graph;
     ggml_context * ctx = graph.ctx;
 
@@ -224,7 +246,23 @@ static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_
     table.key   = ggml_new_tensor_2d(ctx, type, p.d_k, n);
     table.value = ggml_new_tensor_2d(ctx, type, p.d_v, n);
     table.bias  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n);
-    table.head  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, p.n_head_kv + 1, 2);
+    table.head  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, p.n_head_kv + 1, 3);
+
+    std::vector<int32_t> list = { 0 };
+    std::vector<int32_t> list_offset = { 0 };
+    for (int64_t h = 0; h < p.n_head_kv; h++) {
+        while (list.back() < offset[h + 1]) {
+            list.push_back(std::min<int32_t>(offset[h + 1], list.back() + 1 + rng() % 20));
+        }
+        list_offset.push_back(list.size() - 1);
+    }
+    if (n_probe > 0) {
+        table.n_probe     = n_probe;
+        table.min_entries = 30;
+        table.list_key    = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, p.d_k, list.size() - 1);
+        table.list_bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, list.size() - 1);
+        table.list        = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, list.size());
+    }
     if (kind == GGML_MEM_CENTROID || kind == GGML_MEM_RESIDUAL) {
         table.lse = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n);
     }
@@ -244,7 +282,13 @@ static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_
     }
     std::vector<int32_t> head = offset;
     head.resize(2*offset.size());
+    head.insert(head.end(), list_offset.begin(), list_offset.end());
     set(table.head, head);
+    if (n_probe > 0) {
+        fill(table.list_key, 1.0f);
+        fill(table.list_bias, 2.0f);
+        set(table.list, list);
+    }
     if (state) {
         fill_state(state, 2.0f, 0, p.n_tokens*n_head);
     }
@@ -254,6 +298,22 @@ static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_
     const auto k = values(table.key), v = values(table.value), b = values(table.bias), x_q = values(q_0), got = values(res);
     const auto l = table.lse ? values(table.lse) : std::vector<float>();
     const auto s_in = state ? values(state) : std::vector<float>();
+    const auto k_list = n_probe ? values(table.list_key)  : std::vector<float>();
+    const auto b_list = n_probe ? values(table.list_bias) : std::vector<float>();
+
+    // whether an entry is in one of the lists that a query of the KV head h searches
+    auto searched = [&](int64_t h, const float * x) {
+        std::vector<bool> res(n, n_probe == 0 || offset[h + 1] - offset[h] < table.min_entries);
+        std::vector<std::pair<double, int64_t>> scores;
+        for (int64_t c = list_offset[h]; n_probe > 0 && c < list_offset[h + 1]; c++) {
+            scores.push_back({ dot(&k_list[c*p.d_k], x, p.d_k) + b_list[c], c });
+        }
+        std::sort(scores.rbegin(), scores.rend());
+        for (size_t c = 0; c < std::min<size_t>(n_probe, scores.size()); c++) {
+            std::fill(res.begin() + list[scores[c].second], res.begin() + list[scores[c].second + 1], true);
+        }
+        return res;
+    };
 
     for (int64_t i = 0; i < p.n_tokens*n_head; i++) {
         const int64_t h  = i % n_head/p.n_gqa;
@@ -261,8 +321,11 @@ static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_
         const float * in = state ? &s_in[i*(p.d_v + 1)] : nullptr;
 
         std::vector<std::pair<double, int64_t>> scores;
+        const auto in_list = searched(h, x);
         for (int64_t r = offset[h]; r < offset[h + 1]; r++) {
-            scores.push_back({ (kind == GGML_MEM_TOKEN || kind == GGML_MEM_ANCHOR ? scale : 1.0)*dot(&k[r*p.d_k], x, p.d_k) + b[r], r });
+            if (in_list[r]) {
+                scores.push_back({ (kind == GGML_MEM_TOKEN || kind == GGML_MEM_ANCHOR ? scale : 1.0)*dot(&k[r*p.d_k], x, p.d_k) + b[r], r });
+            }
         }
         if (kind != GGML_MEM_ANCHOR) {
             std::sort(scores.rbegin(), scores.rend());
@@ -322,7 +385,7 @@ static void merge_case(group & g, const shape & p) {
 }
 
 // flash attention with several states
-static void flash_case(group & g, const shape & p, ggml_type type, int64_t n_kv, int n_states, bool nothing_live) {
+[[maybe_unused]] static void flash_case(group & g, const shape & p, ggml_type type, int64_t n_kv, int n_states, bool nothing_live) {
     test_graph graph;
     ggml_context * ctx = graph.ctx;
 
@@ -399,7 +462,11 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "usage: %s cpu|gpu [every]\n", argv[0]);
         return 2;
     }
+#if defined(EMULATED)
+    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+#else
     ggml_backend_dev_t dev = ggml_backend_dev_by_type(device == "cpu" ? GGML_BACKEND_DEVICE_TYPE_CPU : GGML_BACKEND_DEVICE_TYPE_GPU);
+#endif
     if (!dev) {
         printf("the runtime has no %s\n", device.c_str());
         return 77;
@@ -443,6 +510,19 @@ int main(int argc, char ** argv) {
             ok &= g.report();
         }
 
+        for (ggml_mem_kind kind : { GGML_MEM_CENTROID, GGML_MEM_TANGENT, GGML_MEM_RESIDUAL }) {
+            group g(kinds[kind] + (" in lists " + type_name), 5e-5, 0.005);
+            for (int d : { 64, 128, 256 }) {
+                for (int n_tokens : { 1, 5, 70 }) {
+                    for (int n_probe : { 1, 3, 50 }) {
+                        mem_state_case(g, { d, d, 4, 3, n_tokens, 2 }, type, kind, true, 0.0f, n_probe);
+                    }
+                }
+            }
+            ok &= g.report();
+        }
+
+#if !defined(EMULATED)
         group g("flash attention " + type_name, 2e-2); // it rounds q, and on the CPU adds up F16 values in F16
         for (int d : { 64, 80, 96, 128, 256 }) {
             if (d % block != 0) {
@@ -471,6 +551,7 @@ int main(int argc, char ** argv) {
             }
         }
         ok &= g.report();
+#endif
     }
 
     group merge("merge", 1e-5);
