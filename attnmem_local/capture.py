@@ -35,7 +35,7 @@ def _attention(module, query, key, value, attention_mask, scaling, session: Sess
     q = query.float().reshape(batch, n_head_kv, -1, d_k)  # the query heads of a group follow each other
     k, v = session.live(module.layer_idx, key, value)
     state = causal_state(
-        q.view(batch, n_head_kv, -1, n_tokens, d_k), k[:, :, None].float(), v[:, :, None].float(), scaling, session.hidden
+        q.view(batch, n_head_kv, -1, n_tokens, d_k), k[:, :, None].float(), v[:, :, None].float(), scaling, _on(session.hidden, q)
     )
     state = tuple(x.flatten(2, 3) for x in state)
     past = session.past(module.layer_idx, q, scaling, state)
@@ -43,6 +43,11 @@ def _attention(module, query, key, value, attention_mask, scaling, session: Sess
         state = merge(past, state)
     out = state[0].reshape(batch, n_head, n_tokens, -1)
     return out.transpose(1, 2).to(query.dtype), None
+
+
+def _on(x: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor | None:
+    """On the device of another tensor: layers may lie on several."""
+    return None if x is None else x.to(other.device)
 
 
 transformers.AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -184,7 +189,7 @@ class Packed:
 
     def run(self, model, **options) -> torch.Tensor:
         """Logits [n_row, n_tokens, n_vocab] of all rows; see `tokens` and `window`."""
-        self.hidden = self.hidden.to(model.device)
+        self.hidden = self.hidden.to(model.device)  # once, not in every layer
         return _forward(model, self.tokens, self.positions, self, **options)
 
 

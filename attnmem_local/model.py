@@ -53,11 +53,13 @@ class BuildModel:
 def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel:
     """Load a model to build from, with CUDA when there is a GPU (float32 on the CPU, bfloat16 on CUDA).
 
-    path: a transformers directory or a GGUF file. Raises Unsupported for architectures that are not known to work.
+    path: a transformers directory or a GGUF file. device: "cpu", "cuda" for all GPUs that there are, or one of them. Raises Unsupported for architectures that are not known to work.
     """
     path = Path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = dict(dtype=torch.float32 if device == "cpu" else torch.bfloat16, attn_implementation=ATTENTION_NAME)
+    if device != "cpu":
+        options["device_map"] = "auto" if device == "cuda" else device  # accelerate spreads it where one GPU is too small
     if path.is_dir():
         config = transformers.AutoConfig.from_pretrained(path)
         _architecture(config)
@@ -75,7 +77,7 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel
         tokenizer = GgufTokenizer(path)
         tensors = {t.name: t.data for t in reader.tensors if t.name.endswith("norm.weight")}
         vocab = reader.fields["tokenizer.ggml.tokens"].contents()
-    module = module.to(device).eval().requires_grad_(False)
+    module = module.eval().requires_grad_(False)
     spec = _spec(module.config, fingerprint_norms(tensors), fingerprint_vocab(vocab))
     return BuildModel(module, tokenizer, spec, _architecture(module.config)[1])
 

@@ -19,7 +19,9 @@
 #include <string>
 #include <vector>
 
-static constexpr int64_t N_LIVE = 256;
+static constexpr int64_t N_LIVE      = 256;
+static constexpr int64_t MIN_ENTRIES = 2048; // smaller tables are scanned, as MEM_SEARCH_MIN_ENTRIES in llama-adapter-mem-graph.cpp
+static constexpr int     N_PROBE     = 16;   // as MEM_N_PROBE there
 
 static ggml_backend_t backend;
 
@@ -45,8 +47,11 @@ struct bench {
     ggml_context * ctx = ggml_init({ (size_t) 1 << 24, nullptr, true });
     ggml_cgraph  * gf  = ggml_new_graph(ctx);
 
-    std::vector<ggml_tensor *> random, heads;
+    std::vector<ggml_tensor *> random, heads, lists;
     int64_t n, n_batch, n_head, n_head_kv, d;
+
+    // of a head
+    int64_t n_list() const { return llround(2*sqrt(n)); }
 
     ggml_tensor * table(ggml_type type, std::vector<int64_t> ne) {
         random.push_back(ggml_new_tensor(ctx, type, ne.size(), ne.data()));
@@ -65,8 +70,15 @@ struct bench {
         t.value = table(GGML_TYPE_F16, { d, n*n_head_kv });
         t.bias  = table(GGML_TYPE_F32, { n*n_head_kv });
         t.lse   = table(GGML_TYPE_F32, { n*n_head_kv });
-        t.head  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_head_kv + 1, 2);
+        t.head  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_head_kv + 1, 3);
         heads.push_back(t.head);
+        if (n >= MIN_ENTRIES) {
+            t.list_key  = table(GGML_TYPE_F16, { d, n_list()*n_head_kv });
+            t.list_bias = table(GGML_TYPE_F32, { n_list()*n_head_kv });
+            t.list      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_list()*n_head_kv + 1);
+            t.n_probe   = N_PROBE;
+            lists.push_back(t.list);
+        }
         return ggml_mem_state(ctx, q, nullptr, &t, 1.0f/sqrtf(d), 0.0f);
     }
 
@@ -104,9 +116,17 @@ struct bench {
         for (ggml_tensor * t : random) {
             fill(t);
         }
-        std::vector<int32_t> head(2*(n_head_kv + 1));
+        std::vector<int32_t> head(3*(n_head_kv + 1));
         for (int64_t h = 0; h <= n_head_kv; h++) {
             head[h] = h*n;
+            head[h + 2*(n_head_kv + 1)] = h*n_list();
+        }
+        std::vector<int32_t> list(n_list()*n_head_kv + 1);
+        for (size_t i = 0; i < list.size(); i++) {
+            list[i] = i*n/n_list();
+        }
+        for (ggml_tensor * t : lists) {
+            ggml_backend_tensor_set(t, list.data(), 0, list.size()*sizeof(int32_t));
         }
         for (ggml_tensor * t : heads) {
             ggml_backend_tensor_set(t, head.data(), 0, head.size()*sizeof(int32_t));

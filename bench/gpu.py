@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 TREE = ROOT / "build/gpu-tree"
 RESULTS = Path(__file__).parent / "results"
 STAGES = ("check", "attention", "decode", "builder")
+MIN_ENTRIES, N_PROBE = 2048, 16  # as MEM_SEARCH_MIN_ENTRIES and MEM_N_PROBE in native/src/llama-adapter-mem-graph.cpp
 TIMEOUT = 560  # seconds of one program; the machine may stop a command after ten minutes
 
 
@@ -218,8 +219,12 @@ def attention_bytes(shape, what: str, n: int, batch: int) -> int:
     row = 2 * shape.d
     if what == "prefix":
         return shape.n_head_kv * n * 2 * row
-    if what == "memory":  # a scan reads all keys and biases, a query one value
+    if what == "memory" and n < MIN_ENTRIES:  # a scan reads all keys and biases, a query one value
         return shape.n_head_kv * n * (row + 4) + shape.n_head * batch * row
+    if what == "memory":  # the means of all lists, and for each query the keys of some; no row is counted twice
+        n_list = round(2 * n**0.5)
+        searched = min(n, shape.n_head // shape.n_head_kv * batch * N_PROBE * n / n_list)
+        return int(shape.n_head_kv * (n_list + searched) * (row + 4)) + shape.n_head * batch * row
     return 0
 
 

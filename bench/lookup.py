@@ -1,10 +1,10 @@
-"""The search for the nearest entry: HNSW against exact scan, from 256 to 65,536 entries per KV head.
+"""The search for the nearest entry: HNSW and lists against exact scan, from 256 to 65,536 entries per KV head.
 
     .venv/bin/python bench/lookup.py [--layer 15] [--json]
 
 Entries are live queries of one layer of the default model over real text after a real prefix, each a centroid of its own;
-the queries that look them up are of other text. Recall@1: how often HNSW finds the entry that the scan finds.
-Comparisons: rows of the table that are scored for one query, counted in a walk of the same graph in Python, which also
+the queries that look them up are of other text. Recall@1: how often a search finds the entry that the scan finds.
+Comparisons of HNSW: rows of the table that are scored for one query, counted in a walk of the same graph in Python, which also
 has to find what the runtime finds; and the same with one number of candidates (ef) for all sizes. µs per query: one thread,
 one token at a time (and with it the cost of a call), and in batches of 64 tokens, where the scan is a matrix product. A run
 is written with date to results/, with a plot. The captured queries are kept in build/.
@@ -33,6 +33,8 @@ from scoring import report
 RESULTS = Path(__file__).parent / "results"
 SIZES = (256, 1024, 2048, 4096, 16384, 65536)
 EF_ALL = 48  # for every size; that of the runtime grows with the table
+LOOKUPS = ("scan", "hnsw", "lists")
+N_PROBE = 16  # as MEM_N_PROBE in native/src/llama-adapter-mem-graph.cpp
 WINDOW, N_TEST, N_COUNTED, BATCHES = 384, 1536, 100, (1, 64)
 
 
@@ -49,10 +51,12 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
         path, entries = write_memory(known, n, layer)
         handle = llama.load_memory(path).handle
         row, state = {"entries": n}, {}
-        for lookup in ("scan", "hnsw"):
+        for lookup in LOOKUPS:
             for batch in BATCHES:
                 state[lookup], row[f"us_{lookup}_{batch}"] = timed(handle, layer, test, lookup, batch, repeat)
-        row["recall_at_1"] = float((state["scan"] == state["hnsw"]).all(-1).mean())
+        for lookup in LOOKUPS[1:]:
+            row[f"recall_at_1_{lookup}"] = float((state["scan"] == state[lookup]).all(-1).mean())
+        row["comparisons_lists"] = statistics.fmean(listed(entries, h, test[t, h * n_group]) for t in range(N_COUNTED) for h in range(n_head_kv))
         for name, ef in (("", runtime_ef(n)), (f"_ef{EF_ALL}", EF_ALL)):
             counted = [walk(entries, h, test[t, h * n_group], ef) for t in range(N_COUNTED) for h in range(n_head_kv)]
             row[f"comparisons{name}"] = statistics.fmean(count for _, count in counted)
@@ -155,17 +159,26 @@ def walk(entries: Entries, h: int, q: np.ndarray, ef: int) -> tuple[float, int]:
     return float(entries.lse[own][max(found)[1]]), count
 
 
+def listed(entries: Entries, h: int, q: np.ndarray) -> int:
+    """The rows that a search of the lists of head h scores: all means, and the entries of the best lists."""
+    lists = entries.lists
+    own = slice(lists.head[h], lists.head[h + 1])
+    best = np.argsort(-(lists.key[own].astype(np.float32) @ q.astype(np.float32) + lists.bias[own]))[:N_PROBE]
+    return own.stop - own.start + int(np.diff(lists.offset)[own][best].sum())
+
+
 def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
     n = [row["entries"] for row in rows]
-    left.plot(n, [row["comparisons"] for row in rows], marker="o", label="as in the runtime")
-    left.plot(n, [row[f"comparisons_ef{EF_ALL}"] for row in rows], marker="o", label=f"ef = {EF_ALL}")
-    left.set(xscale="log", ylim=0, xlabel="entries", ylabel="comparisons per query, HNSW")
+    left.plot(n, [row["comparisons"] for row in rows], marker="o", label="HNSW as in the runtime")
+    left.plot(n, [row[f"comparisons_ef{EF_ALL}"] for row in rows], marker="o", label=f"HNSW, ef = {EF_ALL}")
+    left.plot(n, [row["comparisons_lists"] for row in rows], marker="o", label="lists")
+    left.set(xscale="log", ylim=0, xlabel="entries", ylabel="comparisons per query")
     left.legend()
-    for name in ("hnsw", "scan"):
+    for name in LOOKUPS:
         for batch in BATCHES:
             right.plot(n, [row[f"us_{name}_{batch}"] for row in rows], marker="o", label=f"{name}, {batch} tokens")
     right.set(xscale="log", yscale="log", xlabel="entries", ylabel="µs per query")

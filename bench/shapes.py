@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from attnmem_local.memory import Entries, LayerMemory, Memory, ModelSpec, quantize_rows
+from attnmem_local.memory import Entries, LayerMemory, Lists, Memory, ModelSpec, quantize_rows
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
@@ -88,13 +88,22 @@ def _byte_tokens() -> list[str]:
 
 
 def lookup_table(spec: ModelSpec, n: int) -> Entries:
-    """A table of n centroids for each KV head."""
+    """A table of n centroids for each KV head, in lists of the usual number and size."""
     rng = np.random.default_rng(0)
-    total = n * spec.head_count_kv
-    key, value = (rng.standard_normal((total, d), dtype=np.float32).astype(np.float16) for d in (spec.key_length, spec.value_length))
-    bias = -np.square(key, dtype=np.float32).sum(-1) / 2
+    total, n_list = n * spec.head_count_kv, round(2 * n**0.5)
+
+    def table(rows: int, d: int) -> np.ndarray:
+        return rng.standard_normal((rows, d), dtype=np.float32).astype(np.float16)
+
+    def bias(key: np.ndarray) -> np.ndarray:
+        return -np.square(key, dtype=np.float32).sum(-1) / 2
+
+    key, list_key = table(total, spec.key_length), table(n_list * spec.head_count_kv, spec.key_length)
+    first = np.arange(len(list_key) + 1, dtype=np.int64) * n // n_list
+    lists = Lists(list_key, bias(list_key), first.astype(np.int32), np.arange(0, len(list_key) + 1, n_list, dtype=np.int32))
     offset = np.arange(0, total + 1, n, dtype=np.int32)
-    return Entries(key, bias, value, offset, lse=rng.standard_normal(total, dtype=np.float32))
+    lse = rng.standard_normal(total, dtype=np.float32)
+    return Entries(key, bias(key), table(total, spec.value_length), offset, lse=lse, lists=lists)
 
 
 def lookup_memory(spec: ModelSpec, n: int) -> Memory:

@@ -47,4 +47,10 @@ queries_option = click.option(
 
 
 def print_seconds(progress) -> None:
+    """How long each stage took, and the most memory that the tensors took on GPUs."""
+    import torch
+
     click.echo(", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.seconds.items()) + f": {sum(progress.seconds.values()):.0f} s")
+    if torch.cuda.is_available():
+        peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        click.echo(f"peak GPU memory {peak / 1e9:.1f} GB")

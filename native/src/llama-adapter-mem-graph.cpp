@@ -167,7 +167,7 @@ ggml_tensor * llama_adapter_mems::build_state_op(ggml_context * ctx, ggml_tensor
         }
         ggml_mem_table table = { kind, e.key, e.bias, e.value, e.lse, e.head, (int32_t) top_k, 0, };
 
-        const bool is_auto = lookup == LLAMA_MEM_LOOKUP_AUTO;
+        const bool is_auto = lookup == LLAMA_MEM_LOOKUP_AUTO && e.n_max() >= MEM_SEARCH_MIN_ENTRIES;
         if (e.link0 && is_host && (is_auto || lookup == LLAMA_MEM_LOOKUP_HNSW)) {
             table.link0 = e.link0;
             table.link  = e.link;

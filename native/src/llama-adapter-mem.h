@@ -5,6 +5,7 @@
 
 #include "ggml-cpp.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -45,6 +46,15 @@ struct llama_adapter_mem_entries {
 
     int64_t n(int64_t h) const { return empty() ? 0 : offset[h + 1] - offset[h]; }
     int64_t n_all()      const { return empty() ? 0 : offset.back(); }
+
+    // of the head with the most
+    int64_t n_max() const {
+        int64_t res = 0;
+        for (int64_t h = 0; h + 1 < (int64_t) offset.size(); h++) {
+            res = std::max(res, n(h));
+        }
+        return res;
+    }
 };
 
 struct llama_adapter_mem_segment {
