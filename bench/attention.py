@@ -9,7 +9,6 @@ and the prefix. The prefill of 16,384 tokens takes some minutes. Written with da
 """
 
 import ctypes
-import json
 import os
 import statistics
 import time
@@ -22,9 +21,9 @@ import llama_cpp.llama_cpp as llama_cpp
 
 from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.evaluate import Scorer
-from lookup import RESULTS, captured, write_memory
+from lookup import captured, write_memory
 from prefixes import BOOK, DATA, builder
-from scoring import report
+from scoring import record, report
 
 LIVE, N_DECODE = 64, 24
 
@@ -79,7 +78,7 @@ def main(sizes: tuple[int, ...], layer: int, threads: int, as_json: bool) -> Non
             }
         )
     about = {"date": date.today().isoformat(), "layer": layer, "threads": threads}
-    (RESULTS / f"{about['date']}-attention-cpu.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    record("attention-cpu", {**about, "rows": rows})
     report(rows, as_json, **about)
 
 

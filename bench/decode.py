@@ -28,9 +28,9 @@ from attnmem_local.evaluate import Scorer
 from attnmem_local.memory import Memory
 from cold_start import options
 from prefixes import BUILD
+from scoring import record
 from shapes import LLAMA_1B, default_memory, write_llama
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = {"default": (DEFAULT_MODEL, (512, 2048, 4096, 7600)), "1b": (BUILD / "llama-1b.gguf", (2048, 8192, 32768))}
 LONGEST = {("default", "full"): 7600, ("default", "full-q8"): 2048, ("1b", "full"): 2048, ("1b", "full-q8"): 0}  # prefills take minutes
 MODES = ("none", "full", "full-q8", "memory-scan", "memory-hnsw")
@@ -55,10 +55,9 @@ def main(models: tuple[str, ...], lengths: tuple[int, ...], rounds: int, threads
             result = {"date": date.today().isoformat(), "threads": threads, "rows": rows}
             console.print(table([row for row in rows if (row["model"], row["prefix_tokens"]) == (name, n)]))
             if not lengths:
-                part = RESULTS / f"{result['date']}-decode-cpu-{'-'.join(models)}"
-                part.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+                recorded = record(f"decode-cpu-{'-'.join(models)}", result)
     if not lengths:
-        plot(rows, part.with_suffix(".png"))
+        plot(rows, recorded.with_suffix(".png"))
     if as_json:
         click.echo(json.dumps(result))
 

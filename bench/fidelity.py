@@ -32,9 +32,8 @@ from attnmem_local.progress import Progress
 from peers import presses, runtime
 from peers.attention_matching import attention_matching
 from prefixes import CASES, FULL, QUICK, Case, builder, f32_model
-from scoring import kv_bytes, score
+from scoring import kv_bytes, record, score
 
-RESULTS = Path(__file__).parent / "results"
 SHARES = tuple(Fraction(1, n) for n in (32, 16, 8))
 console = Console(stderr=True)
 
@@ -99,9 +98,7 @@ def main(prefixes, shares, methods, fresh: bool, quick: bool, as_json: bool) -> 
     if not rows:
         raise click.ClickException("there is nothing to measure")
     if not (prefixes or shares or methods or quick):
-        stem = RESULTS / f"{result['date']}-fidelity-cpu"
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        plot(rows, stem.with_suffix(".png"))
+        plot(rows, record("fidelity-cpu", result).with_suffix(".png"))
     if as_json:
         click.echo(json.dumps(result))
     else:

@@ -11,7 +11,6 @@ is written with date to results/, with a plot. The captured queries are kept in 
 """
 
 import heapq
-import json
 import statistics
 import time
 from datetime import date
@@ -28,9 +27,8 @@ from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.memory import Entries, LayerMemory, Memory
 from attnmem_local.runtime import MemoryLlama
 from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
-from scoring import report
+from scoring import record, report
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = (256, 1024, 2048, 4096, 16384, 65536)
 EF_ALL = 48  # for every size; that of the runtime grows with the table
 LOOKUPS = ("scan", "hnsw", "lists")
@@ -66,8 +64,7 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
             )
         rows.append(row)
     about = {"date": date.today().isoformat(), "layer": layer}
-    (RESULTS / f"{about['date']}-lookup-cpu.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
-    plot(rows, RESULTS / f"{about['date']}-lookup-cpu.png")
+    plot(rows, record("lookup-cpu", {**about, "rows": rows}).with_suffix(".png"))
     report(rows, as_json, **about)
 
 

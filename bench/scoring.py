@@ -13,6 +13,8 @@ from attnmem_local.evaluate import Scorer, kl, nll
 from attnmem_local.memory import Memory
 from prefixes import BUILD, Case, f32_model
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def log_probs(case: Case, scorer: Scorer) -> list[np.ndarray]:
     """Per window float32 [n_scored, n_vocab]; closes the scorer."""
@@ -54,6 +56,13 @@ def score_memory(case: Case, memory: Memory, name: str) -> dict[str, float]:
 
 def memory_path(name: str) -> Path:
     return BUILD / f"bench-{name}.mem.gguf"
+
+
+def record(name: str, result: dict) -> Path:
+    """Write a result with its date to results/. Returns the path, for a plot beside it."""
+    path = RESULTS / f"{result['date']}-{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
 
 
 def report(rows: list[dict], as_json: bool, **about) -> None:

@@ -42,9 +42,8 @@ from peers import presses
 from peers.attention_matching import matching_memory
 from peers.runtime import QUANTIZED
 from prefixes import DATA, builder
-from scoring import kv_bytes
+from scoring import kv_bytes, record
 
-RESULTS = Path(__file__).parent / "results"
 FULL, FULL_PYTORCH = "full prefix", "full prefix, PyTorch"
 N_MORE = 5120  # tokens of the prefix with traces before it
 SEEDS = 1, 2, 8  # of nine, those that intents.py found to gain most from the full prefix, on other rows
@@ -166,7 +165,7 @@ def main(data: Path, tests: int, systems, threads: int, fresh: bool, as_json: bo
         rows += [measure(case, name, fresh) for name in systems or SYSTEMS]
     result = {"date": date.today().isoformat(), "versions": versions(), "tests": tests, "threads": threads, "rows": rows}
     if not systems and tests == N_TESTS:
-        (RESULTS / f"tasks-{result['date']}.json").write_text(json.dumps(result, indent=2) + "\n")
+        record("tasks-cpu", result)
     if as_json:
         click.echo(json.dumps(result))
     else:
