@@ -111,7 +111,7 @@ use_cuda() { # architectures, or native
     fi
     toolkit=$($nvcc --dryrun -x cu -E - 2>&1 </dev/null | sed -n 's/^#\$ TOP=//p')
     if [ -z "$(find -L "$toolkit" -name libcuda.so)" ]; then
-        driver=$(ldconfig -p | awk '/libcuda\.so\.1 / && !at { at = $NF } END { print at }')
+        driver=$({ ldconfig -p || /sbin/ldconfig -p || true; } 2>/dev/null | awk '/libcuda\.so\.1 / && !at { at = $NF } END { print at }')
         CMAKE_ARGS+=" ${driver:+-DCUDA_cuda_driver_LIBRARY=$driver}"
         [ -n "$driver" ] || CMAKE_ARGS+=" -DGGML_CUDA_NO_VMM=ON"
     fi

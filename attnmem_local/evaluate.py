@@ -175,17 +175,17 @@ def runtime_kv(model_path: str | os.PathLike, model, tokens: list[int]):
     data = memoryview(buffer).cast("B")
     header = 4 + 4 + 4 + 4 + n * (4 + 4 + 4) + 4 + 4  # magic, sequence, streams, cells, positions, v_trans, layers
     kv, at = PrefixKV(), header
-    for _ in range(spec.block_count):
+    for il in range(spec.block_count):
         at += 4 + 8  # type, row size
         k = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.key_length, at)
         at += k.nbytes
         k = torch.from_numpy(k.reshape(n, spec.head_count_kv, spec.key_length).swapaxes(0, 1).copy())
-        kv.k.append(model.rotate(model.from_gguf_order(k), -n).to(model.device))
-    for _ in range(spec.block_count):
+        kv.k.append(model.rotate(model.from_gguf_order(k), -n).to(model.device_of(il)))
+    for il in range(spec.block_count):
         at += 4 + 4 + 4  # type, element size, rows
         v = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.value_length, at)
         at += v.nbytes
         v = v.reshape(spec.head_count_kv, spec.value_length, n).swapaxes(1, 2)
-        kv.v.append(torch.from_numpy(v.copy()).to(model.device))
+        kv.v.append(torch.from_numpy(v.copy()).to(model.device_of(il)))
     assert at == size, "the layout of llama_kv_cache::state_write has changed"
     return kv

@@ -449,7 +449,7 @@ class _Parser:
         offset = self.tensor(prefix + "list", (np.int32,), (n + 1,))
         _check_offsets(prefix + "list", offset, len(entries.key))
         _check_offsets(prefix + "head", head, n)
-        if (np.diff(offset) == 0).any() or (offset[head] != entries.offset).any():
+        if (offset[1:] == offset[:-1]).any() or (offset[head] != entries.offset).any():
             raise Invalid(f"a list in '{prefix}list' is empty or leaves its head")
         return Lists(key, bias, offset, head)
 
@@ -480,5 +480,5 @@ class _Parser:
 
 
 def _check_offsets(name: str, offset: np.ndarray, n: int) -> None:
-    if offset[0] != 0 or offset[-1] != n or (np.diff(offset) < 0).any():
+    if offset[0] != 0 or offset[-1] != n or (offset[1:] < offset[:-1]).any():
         raise Invalid(f"the offsets in '{name}' do not ascend from 0 to {n}")

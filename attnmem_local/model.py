@@ -31,6 +31,9 @@ class BuildModel:
     def device(self) -> torch.device:
         return self.module.device
 
+    def device_of(self, layer: int) -> torch.device:
+        return next(self.module.get_decoder().layers[layer].parameters()).device
+
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
@@ -53,17 +56,15 @@ class BuildModel:
 def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel:
     """Load a model to build from, with CUDA when there is a GPU (float32 on the CPU, bfloat16 on CUDA).
 
-    path: a transformers directory or a GGUF file. device: "cpu", "cuda" for all GPUs that there are, or one of them. Raises Unsupported for architectures that are not known to work.
+    path: a transformers directory or a GGUF file. device: "cpu", "cuda" for all GPUs that are needed, or one of them. Raises
+    ValueError for a model that they have no room for, Unsupported for architectures that are not known to work.
     """
     path = Path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = dict(dtype=torch.float32 if device == "cpu" else torch.bfloat16, attn_implementation=ATTENTION_NAME)
-    if device != "cpu":
-        options["device_map"] = "auto" if device == "cuda" else device  # accelerate spreads it where one GPU is too small
     if path.is_dir():
         config = transformers.AutoConfig.from_pretrained(path)
         _architecture(config)
-        module = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        module = _module(path, device)
         tokenizer = _TransformersTokenizer(path)
         tensors = _norms_of_module(module, _architecture(config)[0])
         vocab = tokenizer.vocab(config.vocab_size)
@@ -73,13 +74,25 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel
         if architecture not in {name for name, _ in _ARCHITECTURES.values()}:
             raise Unsupported(f"the architecture '{architecture}' is not supported by the builder; it knows {sorted(_ARCHITECTURES)}")
         with _quiet():
-            module = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+            module = _module(path.parent, device, gguf_file=path.name)
         tokenizer = GgufTokenizer(path)
         tensors = {t.name: t.data for t in reader.tensors if t.name.endswith("norm.weight")}
         vocab = reader.fields["tokenizer.ggml.tokens"].contents()
     module = module.eval().requires_grad_(False)
     spec = _spec(module.config, fingerprint_norms(tensors), fingerprint_vocab(vocab))
     return BuildModel(module, tokenizer, spec, _architecture(module.config)[1])
+
+
+def _module(folder: Path, device: str, **options) -> transformers.PreTrainedModel:
+    if device == "cpu":
+        options["dtype"] = torch.float32
+    else:
+        options["dtype"] = torch.bfloat16
+        options["device_map"] = "sequential" if device == "cuda" else device  # one GPU, and the next where it is full
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=ATTENTION_NAME, **options)
+    if device != "cpu" and {"cpu", "disk"} & set(map(str, getattr(module, "hf_device_map", {}).values())):
+        raise ValueError("the GPUs that there are have no room for this model; build with --device cpu")
+    return module
 
 
 def fnv1a(data: bytes, value: int = 0xCBF29CE484222325) -> int:

@@ -12,7 +12,7 @@ from .budget import plan_for_bytes
 from .build import collect_queries, fit_memory, measure_and_save, query_names
 from .capture import prefill
 from .errors import WrongModel
-from .memory import KINDS, Entries, LayerMemory, Memory, quantize_rows, rows
+from .memory import KINDS, LayerMemory, Memory, quantize_rows, rows
 from .model import BuildModel, load_model
 from .prefix import Prefix, read_prefix
 from .progress import Progress
@@ -93,18 +93,19 @@ def _moved(model: BuildModel, layer: LayerMemory, delta: int) -> LayerMemory:
     """The entries of tokens that stand `delta` positions further on.
 
     An entry serves a query at the same distance from its tokens as before, so all keys turn as the tokens' own: those of
-    centroids, which are queries, too. Distances between keys, and so the graphs, stay.
+    centroids, which are queries, and the means of lists of them, too. Distances between keys, and so the graphs, stay.
     """
     if delta == 0:
         return layer
     found = LayerMemory()
     for kind in KINDS:
         if (entries := getattr(layer, kind.name)) is not None:
-            setattr(found, kind.name, replace(entries, key=_rotated(model, entries, delta)))
+            lists = entries.lists and replace(entries.lists, key=_rotated(model, entries.lists.key, delta))
+            setattr(found, kind.name, replace(entries, key=_rotated(model, entries.key, delta), lists=lists))
     return found
 
 
-def _rotated(model: BuildModel, entries: Entries, delta: int) -> np.ndarray:
-    key = model.from_gguf_order(torch.from_numpy(rows(entries.key)))
+def _rotated(model: BuildModel, table: np.ndarray, delta: int) -> np.ndarray:
+    key = model.from_gguf_order(torch.from_numpy(rows(table)))
     key = model.to_gguf_order(model.rotate(key, delta)).numpy()
-    return quantize_rows(key) if entries.key.dtype == np.uint8 else key.astype(entries.key.dtype)
+    return quantize_rows(key) if table.dtype == np.uint8 else key.astype(table.dtype)

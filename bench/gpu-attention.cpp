@@ -121,11 +121,11 @@ struct bench {
             head[h] = h*n;
             head[h + 2*(n_head_kv + 1)] = h*n_list();
         }
-        std::vector<int32_t> list(n_list()*n_head_kv + 1);
-        for (size_t i = 0; i < list.size(); i++) {
-            list[i] = i*n/n_list();
-        }
         for (ggml_tensor * t : lists) {
+            std::vector<int32_t> list(t->ne[0]);
+            for (size_t i = 0; i < list.size(); i++) {
+                list[i] = i*n/n_list();
+            }
             ggml_backend_tensor_set(t, list.data(), 0, list.size()*sizeof(int32_t));
         }
         for (ggml_tensor * t : heads) {

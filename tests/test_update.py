@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from mixed import mixed_memory, random_queries
 
 from attnmem_local.build import build_memory
 from attnmem_local.capture import prefill
@@ -10,7 +13,7 @@ from attnmem_local.check import held_out_fidelity
 from attnmem_local.errors import WrongModel
 from attnmem_local.memory import Memory
 from attnmem_local.prefix import Prefix, read_prefix
-from attnmem_local.update import unchanged, update_memory
+from attnmem_local.update import _moved, unchanged, update_memory
 
 PARTS = ("Our shop sells tea. Green tea costs 4 euros.\n", "We open at nine.\n", "Black tea costs 3 euros, and milk is free.\n")
 
@@ -54,6 +57,19 @@ def test_an_update_is_exact_where_its_bytes_allow(tiny, tmp_path):
     new.model = replace(new.model, fingerprint_norms="0" * 16)
     with pytest.raises(WrongModel):
         update_memory(new, model, prefix, queries=["repeat"])
+
+
+def test_lists_move_with_their_entries(tiny32):
+    """Keys and lists score a query that moved along as they scored it before."""
+    model = tiny32.model
+    q = torch.from_numpy(random_queries(np.random.default_rng(2), 50, 32))
+    layer = mixed_memory(model.spec, tiny32.prefix, q8_0=False).layers[0][1]
+    moved = _moved(model, layer, -37)
+    q_moved = model.to_gguf_order(model.rotate(model.from_gguf_order(q), -37)).numpy()
+    for kind in ("centroid", "tangent", "residual"):
+        before, after = getattr(layer, kind), getattr(moved, kind)
+        for a, b in ((before.key, after.key), (before.lists.key, after.lists.key)):
+            np.testing.assert_allclose(q_moved @ b.T.astype(np.float32), q.numpy() @ a.T.astype(np.float32), atol=0.05)
 
 
 def test_a_model_is_known_again_from_the_file(tiny, tmp_path):

@@ -172,7 +172,7 @@ ggml_tensor * llama_adapter_mems::build_state_op(ggml_context * ctx, ggml_tensor
             table.link0 = e.link0;
             table.link  = e.link;
             table.upper = e.upper;
-        } else if (e.list && (is_auto || lookup == LLAMA_MEM_LOOKUP_LISTS)) {
+        } else if (e.list && (is_host || kind != GGML_MEM_TOKEN) && (is_auto || lookup == LLAMA_MEM_LOOKUP_LISTS)) {
             table.list_key  = e.list_key;
             table.list_bias = e.list_bias;
             table.list      = e.list;

@@ -449,7 +449,8 @@ bool mem_device_has_op(ggml_backend_dev_t dev, const llama_adapter_mem * mem, in
     const float gain = 0.0f;
     const llama_adapter_mems mems(&mem, &gain, 1, LLAMA_MEM_LOOKUP_AUTO);
 
-    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*(16 + mem->get_n_nodes()), nullptr, true }) };
+    const size_t n_tensors = 16 + mem->layers[il].segments.size()*(std::size(MEM_KINDS) + 1);
+    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*n_tensors, nullptr, true }) };
     if (!ctx) {
         return false;
     }
@@ -549,6 +550,9 @@ void llama_adapter_mem::load(const char * path) {
         for (auto & segment : layers[il].segments) {
             for (const auto & kind : MEM_KINDS) {
                 auto & entries = segment.*kind.entries;
+                if (!layers[il].is_host) {
+                    entries.link0 = entries.link = entries.upper = nullptr; // graphs are for the CPU
+                }
                 for (auto ** t : { &entries.key, &entries.bias, &entries.value, &entries.lse, &entries.head,
                                    &entries.link0, &entries.link, &entries.upper,
                                    &entries.list_key, &entries.list_bias, &entries.list }) {

@@ -448,6 +448,9 @@ static void merge_case(group & g, const shape & p) {
             for (int64_t i = 0; i < n_kv && seen(t, i); i++) {
                 expected.add(scale*dot(&x_k[(h*n_kv + i)*p.d_k], x, p.d_k), &x_v[(h*n_kv + i)*p.d_v]);
             }
+            if (expected.sum == 0 && !ggml_backend_is_cpu(backend)) {
+                continue; // 0/0, as without a state; a token that is decoded sees itself
+            }
             g.errors.push_back(expected.error(&got[(t*n_head + hq)*p.d_v], false));
         }
     }

@@ -1,7 +1,7 @@
 // What native/ggml/src/ggml-cuda/mem-state.cu needs of CUDA and of ggml-cuda's common.cuh, on the CPU
 //
-// Threads of a block are fibers that run until they wait for one another. Memory that a kernel has not written holds NaN. So
-// the logic of a kernel is tested where there is no GPU: indices, sums, synchronisation, but neither speed nor memory order.
+// Threads of a block are fibers that run until they wait for one another. Device memory is allocated full of NaN. So the
+// logic of a kernel is tested where there is no GPU: indices, sums, synchronisation, but neither speed nor memory order.
 #pragma once
 
 #include "ggml.h"

@@ -2,6 +2,8 @@
 
 #include "mem-state.cuh"
 
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
 #include "mem-state-kernels.cuh"
 
 // of the scores of tokens, in floats
@@ -97,7 +99,7 @@ void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
         return;
     }
 
-    if (a.n_probe > 0) {
+    if (a.n_probe > 0 && dst->src[7]->ne[1] <= MEM_MAX_LISTS) {
         launch(mem_probe, grid_q, 2*MEM_THREADS, a);
         return;
     }
@@ -158,5 +160,19 @@ bool ggml_cuda_mem_state_supported(const ggml_tensor * dst) {
     if (kind == GGML_MEM_TOKEN) {
         return !has_lists && dst->src[7] == nullptr && ggml_get_op_params_i32(dst, 3) <= MEM_MAX_TOP_K;
     }
-    return has_lists ? is_table(dst->src[7]) && dst->src[7]->ne[1] <= MEM_MAX_LISTS : dst->src[7] == nullptr;
+    return has_lists ? is_table(dst->src[7]) : dst->src[7] == nullptr;
 }
+
+#else
+
+void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    GGML_UNUSED_VARS(ctx, dst);
+    GGML_ABORT("fatal error");
+}
+
+bool ggml_cuda_mem_state_supported(const ggml_tensor * dst) {
+    GGML_UNUSED(dst);
+    return false;
+}
+
+#endif // !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
