@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Callable
 from unittest.mock import patch
 
 import click
@@ -29,6 +30,7 @@ TREE = ROOT / "build/gpu-tree"
 RESULTS = Path(__file__).parent / "results"
 STAGES = ("check", "attention", "decode", "builder")
 MIN_ENTRIES, N_PROBE = 2048, 16  # as MEM_SEARCH_MIN_ENTRIES and MEM_N_PROBE in native/src/llama-adapter-mem-graph.cpp
+PROGRAMS = ("tests/native/mem-state.cpp", "bench/gpu-attention.cpp")
 TIMEOUT = 560  # seconds of one program; the machine may stop a command after ten minutes
 
 
@@ -103,7 +105,7 @@ class Rows:
 
 def digest() -> str:
     """Of the sources that are built."""
-    value = hashlib.blake2b(digest_size=8)
+    value = hashlib.blake2b(b"".join((ROOT / name).read_bytes() for name in PROGRAMS), digest_size=8)
     for path in sorted(p for p in TREE.rglob("*") if p.is_file() and "python" not in p.relative_to(TREE).parts):
         value.update(path.relative_to(TREE).as_posix().encode() + path.read_bytes())
     return value.hexdigest()
@@ -243,25 +245,25 @@ def decode(run: Run, rows: Rows) -> None:
     decoder = Decoder(run, model)
     kv_bytes = 2 * 2 * shape.n_head_kv * shape.d * shape.n_layer  # per token
 
-    def measure(what: str, n: int, nbytes: int) -> None:
+    def measure(what: str, n: int, nbytes: Callable[[int], int]) -> None:
         for batch in run.sizes.batches:
             if not rows.has(what=what, n=n, batch=batch):
                 ms = decoder.ms_per_step(batch)
-                rows.add(what=what, n=n, batch=batch, ms_per_step=ms, bytes=model.stat().st_size + nbytes)
+                rows.add(what=what, n=n, batch=batch, ms_per_step=ms, bytes=model.stat().st_size + nbytes(batch))
 
-    measure("none", 0, 0)
+    measure("none", 0, lambda batch: 0)
     for n in run.sizes.entries:
         if all(rows.has(what="memory", n=n, batch=batch) for batch in run.sizes.batches):
             continue
         path = run.folder / "memory.mem.gguf"
         lookup_memory(spec, n).save(path)
         decoder.llama.attach(path)
-        measure("memory", n, shape.n_layer * attention_bytes(shape, "memory", n, 1))
+        measure("memory", n, lambda batch: shape.n_layer * attention_bytes(shape, "memory", n, batch))
         decoder.llama.detach()
         path.unlink()
     for n in run.sizes.prefixes:
         decoder.extend_prefix(n)
-        measure("prefix", n, n * kv_bytes)
+        measure("prefix", n, lambda batch: n * kv_bytes)
 
 
 class Decoder:
