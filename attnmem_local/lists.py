@@ -11,6 +11,11 @@ from .entries.centroid import cluster
 from .memory import Lists
 
 
+def n_lists(n: int) -> int:
+    """How many lists the n entries of a head are kept in."""
+    return round(2 * n**0.5)
+
+
 def build_lists(heads: list[np.ndarray], seed: int) -> tuple[Lists, list[np.ndarray]]:
     """Lists over vectors float32 [n, d_k] in GGUF order, one for each entry, and the order that each head's entries are to have.
 
@@ -32,6 +37,5 @@ def _head_lists(vectors: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray,
     """Mean and size of each list, and the entries list by list."""
     if len(vectors) == 0:
         return np.empty(vectors.shape, np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
-    n = round(2 * len(vectors) ** 0.5)
-    mean, group = cluster(torch.from_numpy(vectors), n, "l2", torch.Generator().manual_seed(seed))
+    mean, group = cluster(torch.from_numpy(vectors), n_lists(len(vectors)), "l2", torch.Generator().manual_seed(seed))
     return mean.numpy(), np.bincount(group.numpy()), np.argsort(group.numpy(), kind="stable")

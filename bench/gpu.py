@@ -218,15 +218,16 @@ def attention(run: Run, rows: Rows) -> None:
 
 def attention_bytes(shape, what: str, n: int, batch: int) -> int:
     """That one layer has to read for the prefix or the memory: all keys and values, or what a search reads."""
+    from attnmem_local.lists import n_lists
+
     row = 2 * shape.d
     if what == "prefix":
         return shape.n_head_kv * n * 2 * row
     if what == "memory" and n < MIN_ENTRIES:  # a scan reads all keys and biases, a query one value
         return shape.n_head_kv * n * (row + 4) + shape.n_head * batch * row
     if what == "memory":  # the means of all lists, and for each query the keys of some; no row is counted twice
-        n_list = round(2 * n**0.5)
-        searched = min(n, shape.n_head // shape.n_head_kv * batch * N_PROBE * n / n_list)
-        return int(shape.n_head_kv * (n_list + searched) * (row + 4)) + shape.n_head * batch * row
+        searched = min(n, shape.n_head // shape.n_head_kv * batch * N_PROBE * n / n_lists(n))
+        return int(shape.n_head_kv * (n_lists(n) + searched) * (row + 4)) + shape.n_head * batch * row
     return 0
 
 

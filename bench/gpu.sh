@@ -10,8 +10,9 @@
 #   bench/gpu.sh table      what has been measured
 #   bench/gpu.sh record     the same, into bench/results/
 #
-# --cpu --tiny after the command tries it where there is no GPU. Needed there: python with torch, transformers and numpy,
-# cmake, ninja, a C++ compiler and nvcc; the rest comes with pack, of which hnswlib (builder) wants the python it was packed from.
+# --cpu --tiny after a stage from build to builder tries it where there is no GPU; `table build/gpu-cpu-tiny` shows what it gave.
+# Needed there: python with torch, transformers and numpy, cmake, ninja, a C++ compiler and nvcc; the rest comes with pack, of
+# which hnswlib (builder) wants the python it was packed from.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

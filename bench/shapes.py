@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from attnmem_local.lists import n_lists
 from attnmem_local.memory import Entries, LayerMemory, Lists, Memory, ModelSpec, quantize_rows
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
@@ -90,7 +91,7 @@ def _byte_tokens() -> list[str]:
 def lookup_table(spec: ModelSpec, n: int) -> Entries:
     """A table of n centroids for each KV head, in lists of the usual number and size."""
     rng = np.random.default_rng(0)
-    total, n_list = n * spec.head_count_kv, round(2 * n**0.5)
+    total, n_list = n * spec.head_count_kv, n_lists(n)
 
     def table(rows: int, d: int) -> np.ndarray:
         return rng.standard_normal((rows, d), dtype=np.float32).astype(np.float16)
