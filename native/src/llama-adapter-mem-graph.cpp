@@ -67,15 +67,13 @@ void llama_adapter_mems::check(const llama_model & model, const llama_cparams & 
         return;
     }
 
-    uint64_t n_nodes = 0;
     for (const auto & item : items) {
         if (item.adapter->model != &model) {
             throw std::runtime_error("wrong_model: the memory was loaded for another model; load it for the model of this context");
         }
-        n_nodes += item.adapter->get_n_nodes();
     }
-    if (n_nodes > MEM_MAX_NODES) {
-        throw std::runtime_error(format("unsupported: the memories have too many segments (%llu graph nodes)", (unsigned long long) n_nodes));
+    if (get_n_nodes() > MEM_MAX_NODES) {
+        throw std::runtime_error(format("unsupported: the memories have too many segments (%llu graph nodes)", (unsigned long long) get_n_nodes()));
     }
 
     auto differs = [](float a, float b) { return std::fabs(a - b) > 1e-6f*std::fabs(b); };
@@ -110,15 +108,38 @@ void llama_adapter_mems::check_layers_reached() const {
     }
 }
 
+bool llama_adapter_mems::has_op(int il) const {
+    return lookup != LLAMA_MEM_LOOKUP_STOCK &&
+        std::all_of(items.begin(), items.end(), [&](const item & item) { return item.adapter->layers[il].has_op; });
+}
+
+uint64_t llama_adapter_mems::get_n_nodes() const {
+    uint64_t res = 0;
+    for (int il = 0; il < (int) layers_reached.size(); il++) {
+        if (!has_layer(il)) {
+            continue;
+        }
+        uint64_t n_tables = 0;
+        for (const auto & item : items) {
+            for (const auto & segment : item.adapter->layers[il].segments) {
+                for (const auto * entries : { &segment.centroid, &segment.tangent, &segment.residual, &segment.token, &segment.anchor }) {
+                    n_tables += entries->n_all() > 0;
+                }
+            }
+        }
+        // stock ops: per KV head about 12 nodes, and up to 24 for each table; the op: one for each, and about 20
+        res += has_op(il) ? 32 + 2*n_tables : items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables);
+    }
+    return res;
+}
+
 bool llama_adapter_mems::use_op(float kq_scale, int il) {
     bool has_lookup = true;
-    bool has_op     = true;
     for (const auto & item : items) {
         const auto & mem = *item.adapter;
         if (std::fabs(mem.kq_scale - kq_scale) > 1e-5f*std::fabs(kq_scale)) {
             throw std::runtime_error(format("unsupported: layer %d scales attention by %g, the memory was built with %g", il, kq_scale, mem.kq_scale));
         }
-        has_op     = has_op     && mem.layers[il].has_op;
         has_lookup = has_lookup && mem.layers[il].has_lookup(lookup);
     }
     if (!has_lookup) {
@@ -127,7 +148,7 @@ bool llama_adapter_mems::use_op(float kq_scale, int il) {
 
     layers_reached[il] = true;
 
-    return has_op && lookup != LLAMA_MEM_LOOKUP_STOCK;
+    return has_op(il);
 }
 
 ggml_tensor * llama_adapter_mems::build_state(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) {
@@ -429,22 +450,4 @@ ggml_tensor * llama_adapter_mems::build_attn_op(
     ggml_tensor * p_mem  = ggml_view_3d(ctx, p, 1,    n_tokens, n_head, p->nb[1], p->nb[2], n_kv*p->nb[0]);
 
     return ggml_add(ctx, ggml_mul_mat(ctx, v_t, p_live), ggml_mul(ctx, o, p_mem));
-}
-
-uint32_t llama_adapter_mem::get_n_nodes() const {
-    // the stock path needs the most: per KV head about 12 nodes, and up to 24 for each kind of entries of each segment
-    uint32_t res = 0;
-    for (size_t il = 0; il < layers.size(); il++) {
-        if (layers[il].empty()) {
-            continue;
-        }
-        uint32_t n_tables = 0;
-        for (const auto & segment : layers[il].segments) {
-            for (const auto * entries : { &segment.centroid, &segment.tangent, &segment.residual, &segment.token, &segment.anchor }) {
-                n_tables += entries->n_all() > 0;
-            }
-        }
-        res += model->hparams.n_head_kv(il)*(16 + 32*n_tables);
-    }
-    return res;
 }

@@ -27,7 +27,7 @@ int32_t llama_adapter_mem_state(
     const float gain = 0.0f;
     const llama_adapter_mems mems(&adapter, &gain, 1, lookup);
 
-    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*(16 + adapter->get_n_nodes()) + ggml_graph_overhead(), nullptr, true }) };
+    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*(16 + mems.get_n_nodes()) + ggml_graph_overhead(), nullptr, true }) };
     if (!ctx) {
         return -1;
     }

@@ -111,8 +111,6 @@ struct llama_adapter_mem {
 
     // throws std::runtime_error("<reason>: <explanation>")
     void load(const char * path);
-
-    uint32_t get_n_nodes() const;
 };
 
 // the memories that are attached to a context
@@ -136,6 +134,9 @@ struct llama_adapter_mems {
     llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup);
 
     bool has_layer(int il) const;
+
+    // what the memories add to a graph, at most
+    uint64_t get_n_nodes() const;
 
     bool same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const;
 
@@ -164,7 +165,10 @@ struct llama_adapter_mems {
     ggml_tensor * build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const;
 
 private:
-    // whether the layer takes the op, or stock ops; throws std::runtime_error for what is not supported
+    // whether the layer takes the op, or stock ops
+    bool has_op(int il) const;
+
+    // the same, for the graph; throws std::runtime_error for what is not supported
     bool use_op(float kq_scale, int il);
 
     ggml_tensor * build_attn_stock(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,

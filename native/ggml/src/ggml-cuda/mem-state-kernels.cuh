@@ -94,37 +94,47 @@ static __device__ __forceinline__ void mem_load(const int type, const char * row
     }
 }
 
-// scores of n_rows rows from i0 on: s[jq*stride + i] = scale*row*q[jq] + bias; by all warps of a block, q is [NQ][d]
+// sum[jq] = row*q[jq] in all of the 8 lanes that read the row, q is [NQ][d]; all lanes of a warp have to take part
+template <int NQ>
+static __device__ __forceinline__ void mem_dot(const int type, const char * row, const float * q, const int d, float * sum) {
+#pragma unroll
+    for (int jq = 0; jq < NQ; ++jq) {
+        sum[jq] = 0.0f;
+    }
+    for (int c = 8*(threadIdx.x % MEM_ROW_LANES); c < d; c += 8*MEM_ROW_LANES) {
+        float x[8];
+        mem_load<8>(type, row, c, x);
+#pragma unroll
+        for (int jq = 0; jq < NQ; ++jq) {
+#pragma unroll
+            for (int l = 0; l < 8; ++l) {
+                sum[jq] += x[l]*q[jq*d + c + l];
+            }
+        }
+    }
+#pragma unroll
+    for (int jq = 0; jq < NQ; ++jq) {
+#pragma unroll
+        for (int offset = MEM_ROW_LANES/2; offset > 0; offset >>= 1) {
+            sum[jq] += __shfl_xor_sync(0xFFFFFFFF, sum[jq], offset);
+        }
+    }
+}
+
+// scores of n_rows rows from i0 on: s[jq*stride + i] = scale*row*q[jq] + bias; by all warps of a block
 template <int NQ>
 static __device__ void mem_score(
         const int type, const char * table, const size_t nb, const float * bias, const int i0, const int n_rows,
         const float * q, const int d, const float scale, float * s, const int stride) {
-    const int tid  = threadIdx.x;
-    const int lane = tid % MEM_ROW_LANES;
-
-    // rows beyond the last are read again, because all lanes of a warp have to take part in the sums
+    // rows beyond the last are read again, because of the sums over lanes
     for (int i1 = 0; i1 < n_rows; i1 += blockDim.x/MEM_ROW_LANES) {
-        const int i = min(i1 + tid/MEM_ROW_LANES, n_rows - 1);
+        const int i = min(i1 + int(threadIdx.x)/MEM_ROW_LANES, n_rows - 1);
 
-        float sum[NQ] = {0.0f};
-        for (int c = 8*lane; c < d; c += 8*MEM_ROW_LANES) {
-            float x[8];
-            mem_load<8>(type, table + int64_t(i0 + i)*nb, c, x);
+        float sum[NQ];
+        mem_dot<NQ>(type, table + int64_t(i0 + i)*nb, q, d, sum);
+        if (threadIdx.x % MEM_ROW_LANES == 0) {
 #pragma unroll
             for (int jq = 0; jq < NQ; ++jq) {
-#pragma unroll
-                for (int l = 0; l < 8; ++l) {
-                    sum[jq] += x[l]*q[jq*d + c + l];
-                }
-            }
-        }
-#pragma unroll
-        for (int jq = 0; jq < NQ; ++jq) {
-#pragma unroll
-            for (int offset = MEM_ROW_LANES/2; offset > 0; offset >>= 1) {
-                sum[jq] += __shfl_xor_sync(0xFFFFFFFF, sum[jq], offset);
-            }
-            if (lane == 0) {
                 s[jq*stride + i] = sum[jq]*scale + bias[i0 + i];
             }
         }
@@ -447,19 +457,8 @@ static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_stat
     auto search = [&](const int i0, const int i1) {
         for (int i2 = i0; i2 < i1; i2 += WARP_SIZE/MEM_ROW_LANES) {
             const int i = min(i2 + lane/MEM_ROW_LANES, i1 - 1);
-            float sum = 0.0f;
-            for (int c = 8*(lane % MEM_ROW_LANES); c < a.d_k; c += 8*MEM_ROW_LANES) {
-                float x[8];
-                mem_load<8>(a.type_key, a.key + int64_t(i)*a.nb_key, c, x);
-#pragma unroll
-                for (int l = 0; l < 8; ++l) {
-                    sum += x[l]*q[c + l];
-                }
-            }
-#pragma unroll
-            for (int offset = MEM_ROW_LANES/2; offset > 0; offset >>= 1) {
-                sum += __shfl_xor_sync(0xFFFFFFFF, sum, offset);
-            }
+            float sum;
+            mem_dot<1>(a.type_key, a.key + int64_t(i)*a.nb_key, q, a.d_k, &sum);
             best = mem_better(best, { sum*a.scale + a.bias[i], i });
         }
     };
