@@ -21,7 +21,7 @@
 
 static constexpr int64_t N_LIVE      = 256;
 static constexpr int64_t MIN_ENTRIES = 2048; // smaller tables are scanned, as MEM_SEARCH_MIN_ENTRIES in llama-adapter-mem-graph.cpp
-static constexpr int     N_PROBE     = 16;   // as MEM_N_PROBE there
+static int n_probe(int64_t n) { return n <= 16384 ? 12 : 16; } // as mem_n_probe there
 
 static ggml_backend_t backend;
 
@@ -76,7 +76,7 @@ struct bench {
             t.list_key  = table(GGML_TYPE_F16, { d, n_list()*n_head_kv });
             t.list_bias = table(GGML_TYPE_F32, { n_list()*n_head_kv });
             t.list      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_list()*n_head_kv + 1);
-            t.n_probe   = N_PROBE;
+            t.n_probe   = n_probe(n);
             lists.push_back(t.list);
         }
         return ggml_mem_state(ctx, q, nullptr, &t, 1.0f/sqrtf(d), 0.0f);

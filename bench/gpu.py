@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 TREE = ROOT / "build/gpu-tree"
 RESULTS = Path(__file__).parent / "results"
 STAGES = ("check", "attention", "decode", "builder")
-MIN_ENTRIES, N_PROBE = 2048, 16  # as MEM_SEARCH_MIN_ENTRIES and MEM_N_PROBE in native/src/llama-adapter-mem-graph.cpp
 PROGRAMS = ("tests/native/mem-state.cpp", "bench/gpu-attention.cpp")
 TIMEOUT = 560  # seconds of one program; the machine may stop a command after ten minutes
 
@@ -219,6 +218,7 @@ def attention(run: Run, rows: Rows) -> None:
 def attention_bytes(shape, what: str, n: int, batch: int) -> int:
     """That one layer has to read for the prefix or the memory: all keys and values, or what a search reads."""
     from attnmem_local.lists import n_lists
+    from shapes import MIN_ENTRIES, n_probe
 
     row = 2 * shape.d
     if what == "prefix":
@@ -226,7 +226,7 @@ def attention_bytes(shape, what: str, n: int, batch: int) -> int:
     if what == "memory" and n < MIN_ENTRIES:  # a scan reads all keys and biases, a query one value
         return shape.n_head_kv * n * (row + 4) + shape.n_head * batch * row
     if what == "memory":  # the means of all lists, and for each query the keys of some; no row is counted twice
-        searched = min(n, shape.n_head // shape.n_head_kv * batch * N_PROBE * n / n_lists(n))
+        searched = min(n, shape.n_head // shape.n_head_kv * batch * n_probe(n) * n / n_lists(n))
         return int(shape.n_head_kv * (n_lists(n) + searched) * (row + 4)) + shape.n_head * batch * row
     return 0
 

@@ -28,11 +28,11 @@ from attnmem_local.memory import Entries, LayerMemory, Memory
 from attnmem_local.runtime import MemoryLlama
 from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
 from scoring import record, report
+from shapes import n_probe
 
 SIZES = (256, 1024, 2048, 4096, 16384, 65536)
 EF_ALL = 48  # for every size; that of the runtime grows with the table
 LOOKUPS = ("scan", "hnsw", "lists")
-N_PROBE = 16  # as MEM_N_PROBE in native/src/llama-adapter-mem-graph.cpp
 WINDOW, N_TEST, N_COUNTED, BATCHES = 384, 1536, 100, (1, 64)
 
 
@@ -160,7 +160,7 @@ def listed(entries: Entries, h: int, q: np.ndarray) -> int:
     """The rows that a search of the lists of head h scores: all means, and the entries of the best lists."""
     lists = entries.lists
     own = slice(lists.head[h], lists.head[h + 1])
-    best = np.argsort(-(lists.key[own].astype(np.float32) @ q.astype(np.float32) + lists.bias[own]))[:N_PROBE]
+    best = np.argsort(-(lists.key[own].astype(np.float32) @ q.astype(np.float32) + lists.bias[own]))[: n_probe(int(np.diff(entries.offset).max()))]
     return own.stop - own.start + int(np.diff(lists.offset)[own][best].sum())
 
 

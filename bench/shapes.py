@@ -10,6 +10,7 @@ from attnmem_local.lists import n_lists
 from attnmem_local.memory import Entries, LayerMemory, Lists, Memory, ModelSpec, quantize_rows
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
+MIN_ENTRIES = 2048  # as MEM_SEARCH_MIN_ENTRIES in native/src/llama-adapter-mem-graph.cpp
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Shape:
 LLAMA_1B = Shape(16, 2048, 8192, 32, 8, 64)  # Llama-3.2-1B
 LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128)  # Llama-3.1-8B
 TINY = Shape(2, 256, 512, 8, 2, 32, 2048)
+
+
+def n_probe(n: int) -> int:
+    """How many lists of a table of n entries are searched, as mem_n_probe in native/src/llama-adapter-mem-graph.cpp."""
+    return 12 if n <= 16384 else 16
 
 
 def write_llama(path: Path, shape: Shape) -> None:

@@ -16,8 +16,8 @@ static constexpr uint64_t MEM_MAX_NODES = 1 << 20;
 // tables below this size are scanned faster than they are searched
 static constexpr int32_t MEM_SEARCH_MIN_ENTRIES = 2048;
 
-// number of lists that are searched, for a recall@1 of 0.98 (bench/lookup.py)
-static constexpr int32_t MEM_N_PROBE = 16;
+// number of lists of a table of n entries that are searched, for a recall@1 of 0.98 (bench/lookup.py)
+static int32_t mem_n_probe(int64_t n) { return n <= 16384 ? 12 : 16; }
 
 llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup)
     : lookup(lookup) {
@@ -188,16 +188,18 @@ ggml_tensor * llama_adapter_mems::build_state_op(ggml_context * ctx, ggml_tensor
         }
         ggml_mem_table table = { kind, e.key, e.bias, e.value, e.lse, e.head, (int32_t) top_k, 0, };
 
-        const bool is_auto = lookup == LLAMA_MEM_LOOKUP_AUTO && e.n_max() >= MEM_SEARCH_MIN_ENTRIES;
-        if (e.link0 && is_host && (is_auto || lookup == LLAMA_MEM_LOOKUP_HNSW)) {
+        const bool is_auto  = lookup == LLAMA_MEM_LOOKUP_AUTO && e.n_max() >= MEM_SEARCH_MIN_ENTRIES;
+        const bool is_token = kind == GGML_MEM_TOKEN; // lists of keys find the best of them less often than a graph
+
+        if (e.link0 && is_host && (lookup == LLAMA_MEM_LOOKUP_HNSW || (is_auto && (is_token || !e.list)))) {
             table.link0 = e.link0;
             table.link  = e.link;
             table.upper = e.upper;
-        } else if (e.list && (is_host || kind != GGML_MEM_TOKEN) && (is_auto || lookup == LLAMA_MEM_LOOKUP_LISTS)) {
+        } else if (e.list && (is_host || !is_token) && (is_auto || lookup == LLAMA_MEM_LOOKUP_LISTS)) {
             table.list_key  = e.list_key;
             table.list_bias = e.list_bias;
             table.list      = e.list;
-            table.n_probe   = MEM_N_PROBE;
+            table.n_probe   = mem_n_probe(e.n_max());
         }
         table.min_entries = is_auto ? MEM_SEARCH_MIN_ENTRIES : 0;
 

@@ -14,10 +14,15 @@
 
 constexpr int64_t MEM_TILE_ROWS = 32;
 
+// localities of __builtin_prefetch
+constexpr int MEM_CACHE_L1 = 3;
+constexpr int MEM_CACHE_L2 = 2;
+
+template <int CACHE = MEM_CACHE_L1>
 static void mem_prefetch(const void * data, size_t size) {
 #if defined(__GNUC__)
     for (size_t offs = 0; offs < size; offs += CACHE_LINE_SIZE) {
-        __builtin_prefetch((const char *) data + offs);
+        __builtin_prefetch((const char *) data + offs, 0, CACHE);
     }
 #else
     GGML_UNUSED(data);

@@ -114,8 +114,8 @@ struct mem_search {
         }
     }
 
-    // the entries of the lists with the largest scores
-    void probe() {
+    // the lists with the largest scores
+    void find_lists() {
         lists.clear();
         lists.limit = a->n_probe;
         for (int64_t c = a->list_offset[h]; c < a->list_offset[h + 1]; c += MEM_TILE_ROWS) {
@@ -128,9 +128,12 @@ struct mem_search {
         for (const auto & list : lists) {
             const int64_t i0 = a->list[list.entry] - a->offset[h];
             const int64_t n  = a->list[list.entry + 1] - a->list[list.entry];
-            mem_prefetch(key + i0*a->key->nb[1], n*a->key->nb[1]);
+            mem_prefetch<MEM_CACHE_L2>(key + i0*a->key->nb[1], n*a->key->nb[1]); // together they are larger than L1
             mem_prefetch(bias + i0, n*sizeof(float));
         }
+    }
+
+    void scan_lists() {
         for (const auto & list : lists) {
             scan(a->list[list.entry] - a->offset[h], a->list[list.entry + 1] - a->offset[h]);
         }
@@ -231,21 +234,32 @@ struct mem_searches {
     // queries i0 .. i1 - 1 of heads that have a search
     void run(const mem_args & a, int64_t i0, int64_t i1) {
         const int64_t n_q = a.n_gqa*a.n_tokens;
+        auto each = [&](auto f) {
+            for (int64_t i = i0; i < i1; i++) {
+                if (a.use_search(i/n_q)) {
+                    f(search[i - i0]);
+                }
+            }
+        };
+
         search.resize(std::max<size_t>(search.size(), i1 - i0));
         for (int64_t i = i0; i < i1; i++) {
-            const int64_t h = i/n_q;
-            search[i - i0].set(a, h, a.query(h, i%n_q));
-            if (a.use_search(h)) {
-                a.list ? search[i - i0].probe() : search[i - i0].begin();
-            }
+            search[i - i0].set(a, i/n_q, a.query(i/n_q, i%n_q));
         }
-        // in turns, so that the rows that one walk asks for arrive while others score theirs
+
+        // all of them step by step, so that the rows that one asks for arrive while others score theirs
+        if (a.list) {
+            each([](mem_search & s) { s.find_lists(); });
+            each([](mem_search & s) { s.scan_lists(); });
+            return;
+        }
+        each([](mem_search & s) { s.begin(); });
         for (bool more = a.link0; more; ) {
             more = false;
-            for (int64_t i = i0; i < i1; i++) {
-                search[i - i0].answer();
-                more = search[i - i0].ask() || more;
-            }
+            each([&](mem_search & s) {
+                s.answer();
+                more = s.ask() || more;
+            });
         }
     }
 };
