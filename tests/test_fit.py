@@ -20,7 +20,7 @@ from attnmem_local.entries.tangent import tangent_entries
 from attnmem_local.entries.target import Target
 from attnmem_local.entries.token_graph import token_graph
 from attnmem_local.evaluate import Scorer, kl
-from attnmem_local.memory import LayerMemory, Memory
+from attnmem_local.memory import LayerMemory, Memory, rows
 from attnmem_local.model import BuildModel
 from attnmem_local.prefix import Prefix
 from attnmem_local.progress import Progress
@@ -125,6 +125,16 @@ def test_residuals_mend_the_anchors(head):
     residual = residual_entries(place, group, target, anchors)
     mended = anchors[0] + residual.value[group], anchors[1] + residual.lse[group]
     assert error(target, mended) < 0.8 * error(target, anchors)
+
+
+def test_keys_of_8_bits_keep_the_scores_of_their_places(head):
+    target = head[0]
+    place, group = cluster(target.q, 300, "l2", torch.Generator().manual_seed(0))
+    entries = residual_entries(place, group, target, (target.o, target.lse))
+    half, eight = (join_heads([entries], lambda x: x, eight_bit) for eight_bit in (False, True))
+    assert eight.key.dtype == np.uint8
+    score_half, score_eight = ((place.numpy() * rows(table.key)).sum(1) + table.bias for table in (half, eight))
+    np.testing.assert_allclose(score_half, score_eight, rtol=1e-5)
 
 
 def test_sensitivity_predicts_the_kl_of_a_small_error(tiny):

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..memory import Entries, quantize_rows
+from ..memory import Entries, quantize_rows, rows
 
 
 @dataclass
 class HeadEntries:
     """Entries of one kind for one KV head, in the order of transformers."""
 
-    key: torch.Tensor  # [n, d_k] float32, already rounded to the type it is stored in
+    key: torch.Tensor  # [n, d_k] float32, already rounded to half precision
     bias: torch.Tensor  # [n] float32
     value: torch.Tensor  # [n, d_v] float32
     lse: torch.Tensor | None = None  # [n] float32
-    place: torch.Tensor | None = None  # [n, d_k] float32, what the graph over entries that are looked up links
+    place: torch.Tensor | None = None  # [n, d_k] float32, the queries that entries that are looked up are for
 
 
 def no_entries(spec) -> HeadEntries:
@@ -36,7 +36,8 @@ def round_to_half(x: torch.Tensor) -> torch.Tensor:
 def join_heads(heads: list[HeadEntries], to_gguf_order, eight_bit: bool = False) -> Entries:
     """The heads of a layer as the arrays of the file: float16 or Q8_0 keys and values, float32 bias and log-sum-exp.
 
-    Keys that are looked up stay float16: their biases hold the norms of just these.
+    Keys of tangents stay float16: the score is the log-sum-exp, and the best of many that are close would be one rounded up.
+    Where other keys that are looked up lose precision, their biases make up for it: the score at the place of an entry stays.
     """
 
     def numpy(tensors, dtype):
@@ -47,9 +48,16 @@ def join_heads(heads: list[HeadEntries], to_gguf_order, eight_bit: bool = False)
             return quantize_rows(numpy(tensors, np.float32))
         return numpy([round_to_half(x) for x in tensors], np.float16)
 
+    keys = [to_gguf_order(h.key) for h in heads]
+    searched = all(h.place is not None for h in heads)
+    key = table(keys, eight_bit and not (searched and any(h.lse is None for h in heads)))
+    bias = numpy([h.bias for h in heads], np.float32)
+    if searched:
+        place = numpy([to_gguf_order(h.place) for h in heads], np.float32)
+        bias += ((numpy(keys, np.float32) - rows(key)) * place).sum(-1)
     return Entries(
-        key=table([to_gguf_order(h.key) for h in heads], eight_bit and any(h.place is None for h in heads)),
-        bias=numpy([h.bias for h in heads], np.float32),
+        key=key,
+        bias=bias,
         value=table([h.value for h in heads]),
         lse=None if any(h.lse is None for h in heads) else numpy([h.lse for h in heads], np.float32),
         offset=np.cumsum([0, *(len(h.key) for h in heads)], dtype=np.int32),
