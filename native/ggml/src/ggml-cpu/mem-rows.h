@@ -289,6 +289,18 @@ static void mem_by_four(int64_t n, F f) {
     }
 }
 
+// of the scores of a tile
+static float mem_tile_max(const float * x) {
+    float max[8]; // one lane each, so that the loop is vectorized
+    std::copy(x, x + 8, max);
+    for (int64_t i = 8; i < MEM_TILE_ROWS; i += 8) {
+        for (int l = 0; l < 8; l++) {
+            max[l] = std::max(max[l], x[i + l]);
+        }
+    }
+    return *std::max_element(max, max + 8);
+}
+
 // n rows of a table from i0 on
 static void mem_to_f32(const ggml_tensor * table, int64_t i0, int64_t n, float * y) {
     mem_by_type(table, [&](auto type) {

@@ -103,14 +103,25 @@ struct mem_search {
         }
     }
 
+    // the scores of a tile of n rows from i0 on
+    void keep_tile(mem_best & best, int64_t i0, int64_t n) {
+        if (best.size() == best.limit) {
+            std::fill(score.begin() + n, score.begin() + MEM_TILE_ROWS, -INFINITY);
+            if (mem_tile_max(score.data()) <= best.back().score) {
+                return;
+            }
+        }
+        for (int64_t i = 0; i < n; i++) {
+            best.keep(score[i], i0 + i);
+        }
+    }
+
     // all entries from i0 to i1 - 1
     void scan(int64_t i0, int64_t i1) {
         for (; i0 < i1; i0 += MEM_TILE_ROWS) {
             const int64_t n = std::min(MEM_TILE_ROWS, i1 - i0);
             score_rows(a->key, key, bias, n, [&](int64_t i) { return i0 + i; });
-            for (int64_t i = 0; i < n; i++) {
-                found.keep(score[i], i0 + i);
-            }
+            keep_tile(found, i0, n);
         }
     }
 
@@ -121,9 +132,7 @@ struct mem_search {
         for (int64_t c = a->list_offset[h]; c < a->list_offset[h + 1]; c += MEM_TILE_ROWS) {
             const int64_t n = std::min<int64_t>(MEM_TILE_ROWS, a->list_offset[h + 1] - c);
             score_rows(a->list_key, (const char *) a->list_key->data, a->list_bias, n, [&](int64_t i) { return c + i; });
-            for (int64_t i = 0; i < n; i++) {
-                lists.keep(score[i], c + i);
-            }
+            keep_tile(lists, c, n);
         }
         for (const auto & list : lists) {
             const int64_t i0 = a->list[list.entry] - a->offset[h];

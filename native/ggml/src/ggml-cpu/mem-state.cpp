@@ -86,18 +86,6 @@ struct mem_acc {
     }
 };
 
-// of the scores of a tile
-float mem_tile_max(const float * x) {
-    float max[8]; // one lane each, so that the loop is vectorized
-    std::copy(x, x + 8, max);
-    for (int64_t i = 8; i < MEM_TILE_ROWS; i += 8) {
-        for (int l = 0; l < 8; l++) {
-            max[l] = std::max(max[l], x[i + l]);
-        }
-    }
-    return *std::max_element(max, max + 8);
-}
-
 // what one thread works with
 struct mem_work {
     float * q;     // [MEM_TILE_QUERIES][n_embd_k]
