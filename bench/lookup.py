@@ -24,7 +24,7 @@ from attnmem_local import native
 from attnmem_local.build import searchable
 from attnmem_local.capture import capture, prefill
 from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.memory import Entries, LayerMemory, Memory
+from attnmem_local.memory import Entries, LayerMemory, Memory, quantize_rows, rows
 from attnmem_local.runtime import MemoryLlama
 from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
 from scoring import record, report
@@ -44,7 +44,7 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
     known, test = captured(layer)
     n_head_kv, n_group = len(known), test.shape[1] // len(known)
     llama = MemoryLlama(str(DEFAULT_MODEL), verbose=False)
-    rows = []
+    measured = []
     for n in SIZES:
         path, entries = write_memory(known, n, layer)
         handle = llama.load_memory(path).handle
@@ -62,10 +62,10 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
             row[f"walk{name}_as_hnsw"], row[f"walk{name}_as_scan"] = (
                 float((found == state[lookup][:N_COUNTED, ::n_group, -1]).mean()) for lookup in ("hnsw", "scan")
             )
-        rows.append(row)
+        measured.append(row)
     about = {"date": date.today().isoformat(), "layer": layer}
-    plot(rows, record("lookup-cpu", {**about, "rows": rows}).with_suffix(".png"))
-    report(rows, as_json, **about)
+    plot(measured, record("lookup-cpu", {**about, "rows": measured}).with_suffix(".png"))
+    report(measured, as_json, **about)
 
 
 def captured(layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,9 +99,9 @@ def queries(model, prefix_tokens: list[int], layer: int, n_tokens: int):
 
 
 def table(heads: list[np.ndarray]) -> Entries:
-    """Each query a centroid; its state is a number of its own, so that states tell which entry was found."""
-    key = np.concatenate(heads).astype(np.float16)
-    square = np.square(key.astype(np.float32)).sum(-1)
+    """Each query a centroid, in 8 bits; its state is a number of its own, so that states tell which entry was found."""
+    key = quantize_rows(np.concatenate(heads).astype(np.float32))
+    square = np.square(rows(key)).sum(-1)
     number = np.concatenate([np.arange(len(own), dtype=np.float32) for own in heads])
     offset = np.cumsum([0, *map(len, heads)], dtype=np.int32)
     return searchable(Entries(key, -square / 2, np.zeros_like(key), offset, lse=number), heads, seed=0)
@@ -128,7 +128,7 @@ def runtime_ef(n: int) -> int:
 def walk(entries: Entries, h: int, q: np.ndarray, ef: int) -> tuple[float, int]:
     """The log-sum-exp of the entry that a search of head h finds, and the rows it scores."""
     own, graph = entries.head(h), entries.graph
-    key, bias, q = entries.key[own].astype(np.float32), entries.bias[own], q.astype(np.float32)
+    key, bias, q = rows(entries.key[own]), entries.bias[own], q.astype(np.float32)
     link0, upper = graph.link0[own], graph.upper[own.start : own.stop + 1]
     at = int(graph.entry[h])
     best, count = float(key[at] @ q + bias[at]), 1
@@ -164,20 +164,20 @@ def listed(entries: Entries, h: int, q: np.ndarray) -> int:
     return own.stop - own.start + int(np.diff(lists.offset)[own][best].sum())
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(measured: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
-    n = [row["entries"] for row in rows]
-    left.plot(n, [row["comparisons"] for row in rows], marker="o", label="HNSW as in the runtime")
-    left.plot(n, [row[f"comparisons_ef{EF_ALL}"] for row in rows], marker="o", label=f"HNSW, ef = {EF_ALL}")
-    left.plot(n, [row["comparisons_lists"] for row in rows], marker="o", label="lists")
+    n = [row["entries"] for row in measured]
+    left.plot(n, [row["comparisons"] for row in measured], marker="o", label="HNSW as in the runtime")
+    left.plot(n, [row[f"comparisons_ef{EF_ALL}"] for row in measured], marker="o", label=f"HNSW, ef = {EF_ALL}")
+    left.plot(n, [row["comparisons_lists"] for row in measured], marker="o", label="lists")
     left.set(xscale="log", ylim=0, xlabel="entries", ylabel="comparisons per query")
     left.legend()
     for name in LOOKUPS:
         for batch in BATCHES:
-            right.plot(n, [row[f"us_{name}_{batch}"] for row in rows], marker="o", label=f"{name}, {batch} tokens")
+            right.plot(n, [row[f"us_{name}_{batch}"] for row in measured], marker="o", label=f"{name}, {batch} tokens")
     right.set(xscale="log", yscale="log", xlabel="entries", ylabel="µs per query")
     right.legend()
     figure.tight_layout()
