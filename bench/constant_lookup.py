@@ -3,13 +3,15 @@
     .venv/bin/python bench/constant_lookup.py [--anchors 64] [--json]
 
 The README case of bench/prefixes.py, every KV head alike. KL and NLL are measured in llama.cpp on the F32 copy of the
-model, ms per token on the quantized default, in turns within one run.
+model, ms per token on the quantized default, in turns within one run, and as the median ratio of a turn to that without
+entries, with its quartiles.
 """
 
 import os
 import statistics
 
 import click
+import numpy as np
 
 from attnmem_local.budget import uniform_plan
 from attnmem_local.build import fit_memory
@@ -26,7 +28,7 @@ ENTRIES = (0, 256, 1024, 4096)
 
 @click.command()
 @click.option("--anchors", default=64, show_default=True)
-@click.option("--rounds", default=8, show_default=True, help="Of the timing.")
+@click.option("--rounds", default=24, show_default=True, help="Of the timing.")
 @click.option("--json", "as_json", is_flag=True)
 def main(anchors: int, rounds: int, as_json: bool) -> None:
     progress = Progress(quiet=as_json)
@@ -39,19 +41,22 @@ def main(anchors: int, rounds: int, as_json: bool) -> None:
         memory = fit_memory(model, case.prefix, kv, case.build_windows(), plan, progress=progress)
         rows.append({"entries": n, **score_memory(case, memory, f"constant-lookup-{n}")})
         paths[n] = memory_path(f"constant-lookup-{n}")
-    for row, ms in zip(rows, decode_ms(paths, case.windows[0].tokens[:32], rounds).values()):
-        row["ms_per_token"] = ms
+    ms = decode_ms(paths, case.windows[0].tokens[:32], rounds)
+    for row in rows:
+        own = ms[row["entries"]]
+        row["ms_per_token"] = float(np.median(own))
+        row["ratio_q1"], row["ratio"], row["ratio_q3"] = np.percentile(own / ms[0], [25, 50, 75]).tolist()
     report(rows, as_json, anchors=anchors, threads=os.cpu_count())
 
 
-def decode_ms(paths: dict, live: list[int], rounds: int, n: int = 24) -> dict[int, float]:
-    """Median ms per token with each memory, taken in turns."""
+def decode_ms(paths: dict, live: list[int], rounds: int, n: int = 24) -> dict[int, np.ndarray]:
+    """Median ms per token of each round with each memory, taken in turns."""
     scorers = {name: Scorer(DEFAULT_MODEL, memory=path, n_threads=os.cpu_count()) for name, path in paths.items()}
-    seconds: dict[int, list[float]] = {name: [] for name in scorers}
+    ms: dict[int, list[float]] = {name: [] for name in scorers}
     for _ in range(rounds):
         for name, scorer in scorers.items():
-            seconds[name] += [s for _, s in list(scorer.decode(live, n))[1:]]
-    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+            ms[name].append(1000 * statistics.median(seconds for _, seconds in list(scorer.decode(live, n))[1:]))
+    return {name: np.array(values) for name, values in ms.items()}
 
 
 if __name__ == "__main__":
