@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .entries.centroid import cluster
-from .memory import Lists
+from .memory import Lists, quantize_rows, rows
 
 
 def n_lists(n: int) -> int:
@@ -23,10 +23,11 @@ def build_lists(heads: list[np.ndarray], seed: int) -> tuple[Lists, list[np.ndar
     vectors are the queries that the entries are for.
     """
     parts = [_head_lists(vectors, seed) for vectors in heads]
-    key = np.concatenate([mean for mean, _, _ in parts]).astype(np.float16)
+    key = np.concatenate([mean for mean, _, _ in parts])
+    key = quantize_rows(key) if key.shape[1] % 32 == 0 else key.astype(np.float16)
     lists = Lists(
         key=key,
-        bias=-np.square(key.astype(np.float32)).sum(-1) / 2,
+        bias=-np.square(rows(key)).sum(-1) / 2,
         offset=np.cumsum([0, *np.concatenate([size for _, size, _ in parts])], dtype=np.int32),
         head=np.cumsum([0, *(len(size) for _, size, _ in parts)], dtype=np.int32),
     )

@@ -59,7 +59,7 @@ class Graph:
 class Lists:
     """The entries of one kind in one segment of one layer as lists of neighbours, none of them empty."""
 
-    key: np.ndarray  # [n_list, d_k] float16 or float32
+    key: np.ndarray  # table of d_k, as in Entries
     bias: np.ndarray  # [n_list] float32: a search takes the lists with the largest key·q + bias
     offset: np.ndarray  # [n_list + 1] int32, list i owns the entries offset[i]:offset[i + 1]
     head: np.ndarray  # [n_head_kv + 1] int32, head h owns the lists head[h]:head[h + 1]
@@ -443,7 +443,7 @@ class _Parser:
         return entries
 
     def lists(self, prefix: str, spec: ModelSpec, entries: Entries, head: np.ndarray) -> Lists:
-        key = self.tensor(prefix + "list_key", (np.float16, np.float32), (None, spec.key_length))
+        key = self.table(prefix + "list_key", None, spec.key_length)
         n = len(key)
         bias = self.tensor(prefix + "list_bias", (np.float32,), (n,))
         offset = self.tensor(prefix + "list", (np.int32,), (n + 1,))

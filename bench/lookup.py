@@ -160,7 +160,7 @@ def listed(entries: Entries, h: int, q: np.ndarray) -> int:
     """The rows that a search of the lists of head h scores: all means, and the entries of the best lists."""
     lists = entries.lists
     own = slice(lists.head[h], lists.head[h + 1])
-    best = np.argsort(-(lists.key[own].astype(np.float32) @ q.astype(np.float32) + lists.bias[own]))[: n_probe(int(np.diff(entries.offset).max()))]
+    best = np.argsort(-(rows(lists.key[own]) @ q.astype(np.float32) + lists.bias[own]))[: n_probe(int(np.diff(entries.offset).max()))]
     return own.stop - own.start + int(np.diff(lists.offset)[own][best].sum())
 
 

@@ -77,6 +77,19 @@ def test_a_search_finds_what_a_scan_finds_in_all_kinds(tiny32, search):
     assert np.mean(np.array(error) < 1e-4) > 0.97
 
 
+@pytest.mark.parametrize("search", ["scan", "hnsw", "lists"])
+def test_a_query_that_is_not_finite_harms_no_other(tiny32, search):
+    path = tiny32.save(mixed_memory(tiny32.model.spec, tiny32.prefix, q8_0=True, times=20), "large")
+    handle = MemoryLlama(str(tiny32.path), memory=path, verbose=False).memories[0].memory.handle
+    q = random_queries(np.random.default_rng(1), 20, tiny32.model.spec.head_count, 32)
+    expected = native.state(handle, 0, q, search)
+    for bad in (np.nan, np.inf, 1e38):
+        for some in (slice(None), slice(3, 5)):
+            broken = q.copy()
+            broken[7, :, some] = bad
+            np.testing.assert_array_equal(np.delete(native.state(handle, 0, broken, search), 7, 0), np.delete(expected, 7, 0))
+
+
 def test_logits(tiny):
     path = tiny.save(tiny.fitted(), "fitted")
     reference = memory_session(tiny.model, [Memory.load(path)]).run(tiny.model, torch.tensor([tiny.live]))[0]

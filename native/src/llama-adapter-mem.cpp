@@ -371,7 +371,7 @@ void mem_load_graph(const mem_file & file, const std::string & prefix, llama_ada
 void mem_load_lists(const mem_file & file, const std::string & prefix, llama_adapter_mem_entries & entries) {
     const int64_t n_offset = entries.offset.size();
 
-    entries.list_key  = file.tensor(prefix + "list_key",  {GGML_TYPE_F16, GGML_TYPE_F32}, entries.key->ne[0], -1);
+    entries.list_key  = file.tensor(prefix + "list_key",  {GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_Q8_0}, entries.key->ne[0], -1);
     const int64_t n_list = entries.list_key->ne[1];
     entries.list_bias = file.tensor(prefix + "list_bias", {GGML_TYPE_F32}, n_list);
     entries.list      = file.tensor(prefix + "list",      {GGML_TYPE_I32}, n_list + 1);

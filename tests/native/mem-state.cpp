@@ -259,7 +259,7 @@ static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_
     if (n_probe > 0) {
         table.n_probe     = n_probe;
         table.min_entries = 30;
-        table.list_key    = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, p.d_k, list.size() - 1);
+        table.list_key    = ggml_new_tensor_2d(ctx, type, p.d_k, list.size() - 1);
         table.list_bias   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, list.size() - 1);
         table.list        = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, list.size());
     }

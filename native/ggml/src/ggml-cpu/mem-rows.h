@@ -7,9 +7,11 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 #include "ops.h"
+#include "quants.h"
 #include "simd-mappings.h"
 
 #include <algorithm>
+#include <functional>
 #include <type_traits>
 
 constexpr int64_t MEM_TILE_ROWS = 32;
@@ -18,8 +20,9 @@ constexpr int64_t MEM_TILE_ROWS = 32;
 constexpr int MEM_CACHE_L1 = 3;
 constexpr int MEM_CACHE_L2 = 2;
 
+// not in a function of its own, which gcc takes for one without effect
 template <int CACHE = MEM_CACHE_L1>
-static void mem_prefetch(const void * data, size_t size) {
+static inline void mem_prefetch(const void * data, size_t size) {
 #if defined(__GNUC__)
     for (size_t offs = 0; offs < size; offs += CACHE_LINE_SIZE) {
         __builtin_prefetch((const char *) data + offs, 0, CACHE);
@@ -99,36 +102,41 @@ struct mem_row_q8_0 {
 #endif
 };
 
-#if defined(MEM_SIMD)
-// NQ vectors, 4 at most, to the sums of their lanes
-template <int NQ>
-static void mem_sum_lanes(const GGML_F32_VEC * x, float * sum) {
 #if defined(__AVX2__)
-#if defined(__AVX512F__)
-    auto half = [&](int j) {
-        return _mm256_add_ps(_mm512_castps512_ps256(x[j]), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x[j]), 1)));
-    };
-#else
-    auto half = [&](int j) { return x[j]; };
-#endif
-    const __m256 ab = _mm256_hadd_ps(half(0), half(std::min(1, NQ - 1)));
-    const __m256 cd = _mm256_hadd_ps(half(std::min(2, NQ - 1)), half(NQ - 1));
+// N vectors, 4 at most, to the sums of their lanes
+template <int N>
+static void mem_sum_lanes(const __m256 * x, float * sum) {
+    const __m256 ab = _mm256_hadd_ps(x[0], x[std::min(1, N - 1)]);
+    const __m256 cd = _mm256_hadd_ps(x[std::min(2, N - 1)], x[N - 1]);
     const __m256 y  = _mm256_hadd_ps(ab, cd);
     float res[4];
     _mm_storeu_ps(res, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
-    std::copy(res, res + NQ, sum);
-#else
-    for (int j = 0; j < NQ; j++) {
+    std::copy(res, res + N, sum);
+}
+#endif
+
+#if defined(__AVX512F__)
+template <int N>
+static void mem_sum_lanes(const __m512 * x, float * sum) {
+    __m256 half[N];
+    for (int i = 0; i < N; i++) {
+        half[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x[i]), 1)));
+    }
+    mem_sum_lanes<N>(half, sum);
+}
+#elif defined(MEM_SIMD) && !defined(__AVX2__)
+template <int N>
+static void mem_sum_lanes(const GGML_F32_VEC * x, float * sum) {
+    for (int i = 0; i < N; i++) {
         float lane[GGML_F32_EPR];
-        GGML_F32_VEC_STORE(lane, x[j]);
+        GGML_F32_VEC_STORE(lane, x[i]);
         for (int l = GGML_F32_EPR/2; l > 0; l /= 2) {
             for (int m = 0; m < l; m++) {
                 lane[m] += lane[m + l];
             }
         }
-        sum[j] = lane[0];
+        sum[i] = lane[0];
     }
-#endif
 }
 #endif
 
@@ -172,6 +180,41 @@ static inline void mem_dot(int64_t d, const char * const * k, const float * q, f
             }
         }
     }
+}
+
+// sum[r] = k[r]*q for NR rows, 4 at most, all in Q8_0
+template <int NR>
+static inline void mem_dot_q8_0(int64_t d, const char * const * k, const block_q8_0 * q, float * sum) {
+#if defined(__AVX2__)
+    __m256 acc[NR];
+    for (int r = 0; r < NR; r++) {
+        acc[r] = _mm256_setzero_ps();
+    }
+    for (int64_t b = 0; b < d/QK8_0; b++) {
+        const __m256i y   = _mm256_loadu_si256((const __m256i *) q[b].qs);
+        const float   d_q = GGML_CPU_COMPUTE_FP16_TO_FP32(q[b].d);
+        for (int r = 0; r < NR; r++) {
+            const block_q8_0 * row = (const block_q8_0 *) k[r] + b;
+
+            // one factor of a product of bytes is unsigned
+            const __m256i x = _mm256_loadu_si256((const __m256i *) row->qs);
+            const __m256i u = _mm256_sign_epi8(x, x);
+            const __m256i v = _mm256_sign_epi8(y, x);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+            const __m256i p = _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, v);
+#else
+            const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(u, v), _mm256_set1_epi16(1));
+#endif
+            const float scale = d_q*GGML_CPU_COMPUTE_FP16_TO_FP32(row->d);
+            acc[r] = _mm256_fmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(p), acc[r]);
+        }
+    }
+    mem_sum_lanes<NR>(acc, sum);
+#else
+    for (int r = 0; r < NR; r++) {
+        ggml_vec_dot_q8_0_q8_0(d, sum + r, 0, k[r], 0, q, 0, 1);
+    }
+#endif
 }
 
 #if defined(MEM_SIMD)
@@ -289,16 +332,37 @@ static void mem_by_four(int64_t n, F f) {
     }
 }
 
-// of the scores of a tile
-static float mem_tile_max(const float * x) {
-    float max[8]; // one lane each, so that the loop is vectorized
-    std::copy(x, x + 8, max);
-    for (int64_t i = 8; i < MEM_TILE_ROWS; i += 8) {
-        for (int l = 0; l < 8; l++) {
+// the maxima of every LANES-th of n numbers
+template <int LANES>
+static void mem_max_lanes(const float * x, int64_t n, float * max) {
+    std::fill(max, max + LANES, -INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int l = 0; l < LANES; l++) { // vectorized
             max[l] = std::max(max[l], x[i + l]);
         }
     }
+    for (; i < n; i++) {
+        max[0] = std::max(max[0], x[i]);
+    }
+}
+
+// of the scores of a tile
+static float mem_tile_max(const float * x) {
+    float max[8];
+    mem_max_lanes<8>(x, MEM_TILE_ROWS, max);
     return *std::max_element(max, max + 8);
+}
+
+// a number that at least k of n scores reach, and not many more
+static float mem_bound_of_best(const float * x, int64_t n, int64_t k) {
+    float max[32];
+    if (k > 32) {
+        return -INFINITY;
+    }
+    mem_max_lanes<32>(x, n, max);
+    std::nth_element(max, max + k - 1, max + 32, std::greater<float>());
+    return max[k - 1];
 }
 
 // n rows of a table from i0 on

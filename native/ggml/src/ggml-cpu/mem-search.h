@@ -17,6 +17,17 @@ constexpr int64_t MEM_HNSW_EF_TOKEN = 64;
 // number of walks that take turns in a thread
 constexpr int64_t MEM_HNSW_TURNS = 8;
 
+// a search scores rows of 8 bits by the query in 8 bits, too; so many more than it is asked for are then scored by the query itself
+constexpr int64_t MEM_SPARE = 1;
+
+// how many lists ahead rows are fetched
+constexpr size_t MEM_LISTS_AHEAD = 4;
+
+struct mem_span {
+    const char * data;
+    size_t       size;
+};
+
 struct mem_candidate {
     float   score;
     int32_t entry;    // of the head
@@ -29,19 +40,23 @@ struct mem_candidate {
 struct mem_best : std::vector<mem_candidate> {
     size_t limit;
 
+    // what a score has to be above to be among them
+    float bound() const { return size() < limit ? -INFINITY : back().score; }
+
     // where it is among them, or -1
     int64_t keep(float score, int32_t entry) {
-        if (size() == limit) {
-            if (score <= back().score) {
-                return -1;
-            }
-            pop_back();
+        if (!(score > bound())) {
+            return -1;
         }
-        size_t at = size();
+        if (size() < limit) {
+            emplace_back();
+        }
+        size_t at = size() - 1;
         while (at > 0 && (*this)[at - 1].score < score) {
+            (*this)[at] = (*this)[at - 1];
             at--;
         }
-        insert(begin() + at, mem_candidate(score, entry));
+        (*this)[at] = { score, entry };
         return at;
     }
 };
@@ -52,15 +67,16 @@ struct mem_search {
     int64_t       h;
     const float * q;
 
-    const char    * key;            // of the head
     const float   * bias;
-    const int32_t * link0;
+    const int32_t * link0;          // of the head
 
     mem_best             found;
-    mem_best             lists;     // to be searched
+    std::vector<int32_t> lists;     // to be searched
     std::vector<int32_t> next;      // HNSW: entries to be scored
     std::vector<float>   score;
     int64_t              n_next;
+
+    std::vector<block_q8_0> q_rounded;
 
     // HNSW
     int32_t               level;
@@ -73,8 +89,7 @@ struct mem_search {
         h = head;
         q = query;
 
-        key   = (const char *) a->key->data + a->offset[h]*a->key->nb[1];
-        bias  = (const float *) a->bias->data + a->offset[h];
+        bias  = (const float *) a->bias->data;
         link0 = a->link0 ? a->link0 + a->offset[h]*a->m0 : nullptr;
 
         level  = 0;
@@ -86,66 +101,115 @@ struct mem_search {
         score.resize(next.size());
     }
 
-    // scale*row*q + bias of n rows
-    template <typename F>
-    void score_rows(const ggml_tensor * table, const char * rows, const float * row_bias, int64_t n, F index) {
-        mem_by_type(table, [&](auto type) {
+    // for rows of 8 bits
+    void round_query() {
+        q_rounded.resize(a->n_embd_k/QK8_0);
+        quantize_row_q8_0(q, q_rounded.data(), q_rounded.size()*QK8_0);
+    }
+
+    // visit(i, scale*row*q + bias) for n rows, row(i) in the table; rounded: rows of 8 bits by the query in 8 bits
+    template <typename R, typename V>
+    void score_rows(const ggml_tensor * table, const float * row_bias, int64_t n, bool rounded, R row, V visit) const {
+        const float scale = a->scale;
+        auto score_by = [&](auto dot) {
             mem_by_four(n, [&](auto nr, int64_t i) {
                 const char * at[nr];
+                float sum[nr];
                 for (int r = 0; r < nr; r++) {
-                    at[r] = rows + index(i + r)*table->nb[1];
+                    at[r] = (const char *) table->data + row(i + r)*table->nb[1];
                 }
-                mem_dot<decltype(type), nr, 1>(a->n_embd_k, at, q, score.data() + i);
+                dot(nr, at, sum);
+                for (int r = 0; r < nr; r++) {
+                    visit(i + r, sum[r]*scale + row_bias[row(i + r)]);
+                }
             });
-        });
-        for (int64_t i = 0; i < n; i++) {
-            score[i] = score[i]*a->scale + row_bias[index(i)];
+        };
+        if (rounded && table->type == GGML_TYPE_Q8_0) {
+            score_by([&](auto nr, const char * const * at, float * sum) { mem_dot_q8_0<nr>(a->n_embd_k, at, q_rounded.data(), sum); });
+        } else {
+            mem_by_type(table, [&](auto type) {
+                score_by([&](auto nr, const char * const * at, float * sum) { mem_dot<decltype(type), nr, 1>(a->n_embd_k, at, q, sum); });
+            });
         }
     }
 
-    // the scores of a tile of n rows from i0 on
-    void keep_tile(mem_best & best, int64_t i0, int64_t n) {
-        if (best.size() == best.limit) {
-            std::fill(score.begin() + n, score.begin() + MEM_TILE_ROWS, -INFINITY);
-            if (mem_tile_max(score.data()) <= best.back().score) {
-                return;
+    // the entries i0 .. i1 - 1 of the table, which are of the head; before(i) is called for each
+    template <typename F>
+    void scan_rows(int64_t i0, int64_t i1, bool rounded, F before) {
+        const int64_t first = i0 - a->offset[h];
+        float bound = found.bound();
+        score_rows(a->key, bias, i1 - i0, rounded, [&](int64_t i) { return i0 + i; }, [&](int64_t i, float x) {
+            before(i);
+            if (x > bound) {
+                found.keep(x, first + i);
+                bound = found.bound();
             }
-        }
-        for (int64_t i = 0; i < n; i++) {
-            best.keep(score[i], i0 + i);
-        }
+        });
     }
 
-    // all entries from i0 to i1 - 1
-    void scan(int64_t i0, int64_t i1) {
-        for (; i0 < i1; i0 += MEM_TILE_ROWS) {
-            const int64_t n = std::min(MEM_TILE_ROWS, i1 - i0);
-            score_rows(a->key, key, bias, n, [&](int64_t i) { return i0 + i; });
-            keep_tile(found, i0, n);
-        }
+    // all entries
+    void scan() {
+        scan_rows(a->offset[h], a->offset[h + 1], false, [](int64_t) {});
     }
 
-    // the lists with the largest scores
+    // what a search has found, by the query itself
+    void rescore() {
+        if (found.empty()) {
+            found.emplace_back(); // the query has numbers that are not finite
+        }
+        score_rows(a->key, bias, found.size(), false,
+            [&](int64_t i) { return a->offset[h] + found[i].entry; },
+            [&](int64_t i, float x) { found[i].score = x >= -INFINITY ? x : -INFINITY; }); // no NaN, which cannot be sorted
+        std::sort(found.begin(), found.end(), [](const mem_candidate & x, const mem_candidate & y) { return x.score > y.score; });
+    }
+
+    // the n_probe lists with the largest scores
     void find_lists() {
-        lists.clear();
-        lists.limit = a->n_probe;
-        for (int64_t c = a->list_offset[h]; c < a->list_offset[h + 1]; c += MEM_TILE_ROWS) {
-            const int64_t n = std::min<int64_t>(MEM_TILE_ROWS, a->list_offset[h + 1] - c);
-            score_rows(a->list_key, (const char *) a->list_key->data, a->list_bias, n, [&](int64_t i) { return c + i; });
-            keep_tile(lists, c, n);
+        found.limit = a->top_k + MEM_SPARE;
+
+        const int64_t first = a->list_offset[h];
+        const int64_t n     = a->list_offset[h + 1] - first;
+        score.resize(std::max<size_t>(score.size(), n));
+        score_rows(a->list_key, a->list_bias, n, true, [&](int64_t i) { return first + i; }, [&](int64_t i, float x) { score[i] = x; });
+
+        const float bound = mem_bound_of_best(score.data(), n, a->n_probe);
+        lists.resize(n);
+        size_t n_best = 0;
+        for (int64_t i = 0; i < n; i++) { // no branches
+            lists[n_best] = first + i;
+            n_best += score[i] >= bound;
         }
-        for (const auto & list : lists) {
-            const int64_t i0 = a->list[list.entry] - a->offset[h];
-            const int64_t n  = a->list[list.entry + 1] - a->list[list.entry];
-            mem_prefetch<MEM_CACHE_L2>(key + i0*a->key->nb[1], n*a->key->nb[1]); // together they are larger than L1
-            mem_prefetch(bias + i0, n*sizeof(float));
+        lists.resize(n_best);
+
+        auto better = [&](int32_t x, int32_t y) { return score[x - first] > score[y - first]; };
+        if ((int64_t) n_best > a->n_probe) {
+            std::nth_element(lists.begin(), lists.begin() + a->n_probe, lists.end(), better);
+            lists.resize(a->n_probe);
+        }
+        if (n_best > 0) {
+            std::iter_swap(lists.begin(), std::min_element(lists.begin(), lists.end(), better)); // the best one first
         }
     }
 
-    void scan_lists() {
-        for (const auto & list : lists) {
-            scan(a->list[list.entry] - a->offset[h], a->list[list.entry + 1] - a->offset[h]);
-        }
+    mem_span list_rows(int32_t l) const {
+        return { (const char *) a->key->data + a->list[l]*a->key->nb[1], (a->list[l + 1] - a->list[l])*a->key->nb[1] };
+    }
+
+    mem_span list_bias(int32_t l) const {
+        return { (const char *) (bias + a->list[l]), (a->list[l + 1] - a->list[l])*sizeof(float) };
+    }
+
+    // the entries of a list; as they are scored, the rows of one to come are fetched at the same pace
+    void scan_list(int32_t l, mem_span next) {
+        const size_t step = 4*a->key->nb[1];
+        scan_rows(a->list[l], a->list[l + 1], true, [&](int64_t i) {
+            if (i%4 == 0) {
+                const size_t size = std::min(next.size, step);
+                mem_prefetch<MEM_CACHE_L2>(next.data, size);
+                next = { next.data + size, next.size - size };
+            }
+        });
+        mem_prefetch<MEM_CACHE_L2>(next.data, next.size);
     }
 
     //
@@ -166,7 +230,8 @@ struct mem_search {
     }
 
     void score_next() {
-        score_rows(a->key, key, bias, n_next, [&](int64_t i) { return next[i]; });
+        score_rows(a->key, bias, n_next, true,
+            [&](int64_t i) { return a->offset[h] + next[i]; }, [&](int64_t i, float x) { score[i] = x; });
     }
 
     int32_t n_levels(int32_t i) const { return a->upper[a->offset[h] + i + 1] - a->upper[a->offset[h] + i]; }
@@ -208,8 +273,9 @@ struct mem_search {
             }
         }
         for (int64_t i = 0; i < n_next; i++) {
-            mem_prefetch(key + next[i]*a->key->nb[1], a->key->nb[1]);
-            mem_prefetch(bias + next[i], sizeof(float));
+            const int64_t at = a->offset[h] + next[i];
+            mem_prefetch((const char *) a->key->data + at*a->key->nb[1], a->key->nb[1]);
+            mem_prefetch(bias + at, sizeof(float));
         }
         return true;
     }
@@ -239,6 +305,7 @@ struct mem_search {
 // searches of consecutive queries, numbered KV head by KV head
 struct mem_searches {
     std::vector<mem_search> search;
+    std::vector<std::pair<mem_search *, int32_t>> todo; // lists to be scanned
 
     // queries i0 .. i1 - 1 of heads that have a search
     void run(const mem_args & a, int64_t i0, int64_t i1) {
@@ -257,18 +324,53 @@ struct mem_searches {
         }
 
         // all of them step by step, so that the rows that one asks for arrive while others score theirs
+        each([](mem_search & s) { s.round_query(); });
         if (a.list) {
+            for (int64_t h = i0/n_q; h <= (i1 - 1)/n_q; h++) {
+                const int64_t l = a.list_offset[h];
+                const int64_t n = a.list_offset[h + 1] - l;
+                mem_prefetch<MEM_CACHE_L2>((const char *) a.list_key->data + l*a.list_key->nb[1], n*a.list_key->nb[1]);
+                mem_prefetch<MEM_CACHE_L2>(a.list_bias + l, n*sizeof(float));
+            }
             each([](mem_search & s) { s.find_lists(); });
-            each([](mem_search & s) { s.scan_lists(); });
-            return;
+            scan_lists(each);
+        } else {
+            each([](mem_search & s) { s.begin(); });
+            for (bool more = a.link0; more; ) {
+                more = false;
+                each([&](mem_search & s) {
+                    s.answer();
+                    more = s.ask() || more;
+                });
+            }
         }
-        each([](mem_search & s) { s.begin(); });
-        for (bool more = a.link0; more; ) {
-            more = false;
-            each([&](mem_search & s) {
-                s.answer();
-                more = s.ask() || more;
-            });
+        each([](mem_search & s) { s.rescore(); });
+    }
+
+    // the lists of all searches, one after another
+    template <typename F>
+    void scan_lists(F each) {
+        todo.clear();
+        each([&](mem_search & s) {
+            for (int32_t l : s.lists) {
+                todo.emplace_back(&s, l);
+            }
+        });
+        auto fetch = [](mem_span m) { mem_prefetch<MEM_CACHE_L2>(m.data, m.size); };
+
+        for (size_t i = 0; i < std::min(MEM_LISTS_AHEAD, todo.size()); i++) {
+            const auto & [s, l] = todo[i];
+            fetch(s->list_rows(l));
+            fetch(s->list_bias(l));
+        }
+        for (size_t i = 0; i < todo.size(); i++) {
+            mem_span next = { nullptr, 0 };
+            if (i + MEM_LISTS_AHEAD < todo.size()) {
+                const auto & [s, l] = todo[i + MEM_LISTS_AHEAD];
+                next = s->list_rows(l);
+                fetch(s->list_bias(l));
+            }
+            todo[i].first->scan_list(todo[i].second, next);
         }
     }
 };

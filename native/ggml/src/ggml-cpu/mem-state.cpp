@@ -259,7 +259,7 @@ void mem_take_top(const mem_args & a, int64_t i0, int64_t i1, const mem_work & w
 
         mem_search & search = searches.search[i - i0];
         if (!a.use_search(h)) {
-            search.scan(0, a.n(h));
+            search.scan();
         }
         work.acc.clear(1);
         for (size_t k = 0; k < std::min<size_t>(a.top_k, search.found.size()); k++) {
