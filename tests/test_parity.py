@@ -80,7 +80,8 @@ def test_a_search_finds_what_a_scan_finds_in_all_kinds(tiny32, search):
 @pytest.mark.parametrize("search", ["scan", "hnsw", "lists"])
 def test_a_query_that_is_not_finite_harms_no_other(tiny32, search):
     path = tiny32.save(mixed_memory(tiny32.model.spec, tiny32.prefix, q8_0=True, times=20), "large")
-    handle = MemoryLlama(str(tiny32.path), memory=path, verbose=False).memories[0].memory.handle
+    llama = MemoryLlama(str(tiny32.path), memory=path, verbose=False)
+    handle = llama.memories[0].memory.handle
     q = random_queries(np.random.default_rng(1), 20, tiny32.model.spec.head_count, 32)
     expected = native.state(handle, 0, q, search)
     for bad in (np.nan, np.inf, 1e38):
