@@ -10,12 +10,12 @@ Q8_0 = 8  # ggml_type
 N_LIVE = 16
 
 
-def options(mode: str, memory: str, tokens: list[int]) -> dict:
-    """What a Scorer takes for a mode."""
+def options(mode: str, memory: str) -> dict:
+    """What a Scorer takes for a mode, but the prefix."""
     return {
         "none": {},
-        "full": {"prefix": tokens},
-        "full-q8": {"prefix": tokens, "type_k": Q8_0, "type_v": Q8_0},
+        "full": {},
+        "full-q8": {"type_k": Q8_0, "type_v": Q8_0},
         "memory-scan": {"memory": memory, "lookup": "scan"},
         "memory-hnsw": {"memory": memory},
     }[mode] | {"flash_attn": True}
@@ -24,9 +24,10 @@ def options(mode: str, memory: str, tokens: list[int]) -> dict:
 def main() -> None:
     """Reads what decode.py asks for from standard input, writes seconds and bytes to standard output."""
     job = json.load(sys.stdin)
-    asked = options(job["mode"], job["memory"], job["tokens"])
+    asked = options(job["mode"], job["memory"])
     memory = asked.pop("memory", None)
-    scorer = Scorer(job["model"], n_threads=job["threads"], n_threads_batch=job["threads"], **asked)
+    prefix = job["tokens"] if job["mode"].startswith("full") else []
+    scorer = Scorer(job["model"], prefix, n_threads=job["threads"], n_threads_batch=job["threads"], **asked)
     begun = time.perf_counter()
     if memory:
         scorer.llama.attach(memory)

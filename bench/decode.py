@@ -4,8 +4,9 @@
 
 For the default model, and for random weights with the shape of Llama-3.2-1B in Q4_0. The memories are as large as the
 default build makes them, filled with random numbers (shapes.py). Modes take turns token by token, and a ratio is the
-median over these turns. All run with flash attention. The full prefix is run as far as its prefill takes no more than a minute or two.
-Cold start: a process of its own, from its start to the first token after 16 live ones; peak RSS is that process's.
+median over these turns. All run with flash attention. The full prefix is in the KV cache without a prefill (filled_cache.py).
+Cold start: a process of its own, from its start to the first token after 16 live ones; peak RSS is that process's. With the
+full prefix that includes its prefill, so it is run as far as that takes no more than a minute or two.
 A run over all lengths is written with date to results/ as it goes, with a plot of ms per token at the end.
 """
 
@@ -27,12 +28,13 @@ from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.evaluate import Scorer
 from attnmem_local.memory import Memory
 from cold_start import options
+from filled_cache import fill
 from prefixes import BUILD
 from scoring import record
 from shapes import LLAMA_1B, default_memory, write_llama
 
 MODELS = {"default": (DEFAULT_MODEL, (512, 2048, 4096, 7600)), "1b": (BUILD / "llama-1b.gguf", (2048, 8192, 32768))}
-LONGEST = {("default", "full"): 7600, ("default", "full-q8"): 2048, ("1b", "full"): 2048, ("1b", "full-q8"): 0}  # prefills take minutes
+COLD = {("default", "full"): 7600, ("default", "full-q8"): 2048, ("1b", "full"): 2048, ("1b", "full-q8"): 0}  # prefills take minutes
 MODES = ("none", "full", "full-q8", "memory-scan", "memory-hnsw")
 LIVE, N_PREFILL, N_DECODE = 64, 512, 24
 console = Console(stderr=True, width=170)
@@ -51,7 +53,7 @@ def main(models: tuple[str, ...], lengths: tuple[int, ...], rounds: int, threads
         if name == "1b" and not path.exists():
             write_llama(path, LLAMA_1B)
         for n in lengths or all_lengths:
-            rows += measure(name, path, n, [m for m in MODES if n <= LONGEST.get((name, m), n)], rounds, threads)
+            rows += measure(name, path, n, rounds, threads)
             result = {"date": date.today().isoformat(), "threads": threads, "rows": rows}
             console.print(table([row for row in rows if (row["model"], row["prefix_tokens"]) == (name, n)]))
             if not lengths:
@@ -62,35 +64,39 @@ def main(models: tuple[str, ...], lengths: tuple[int, ...], rounds: int, threads
         click.echo(json.dumps(result))
 
 
-def measure(name: str, model: Path, n_prefix: int, modes: list[str], rounds: int, threads: int) -> list[dict]:
+def measure(name: str, model: Path, n_prefix: int, rounds: int, threads: int) -> list[dict]:
     path = BUILD / f"bench-decode-{name}-{n_prefix}.mem.gguf"
     if not path.exists():
         default_memory(model, n_prefix).save(path)
     tokens = Memory.load(path).prefix_tokens
     live = tokens[:LIVE]
-    scorers = {
-        mode: Scorer(model, n_live=N_PREFILL, n_threads=threads, n_threads_batch=threads, **options(mode, str(path), tokens)) for mode in modes
-    }
-    decode: dict[str, list[float]] = {mode: [] for mode in modes}
-    prefill: dict[str, list[float]] = {mode: [] for mode in modes}
+    scorers = {}
+    for mode in MODES:
+        asked = options(mode, str(path)) | {"n_threads": threads, "n_threads_batch": threads}
+        scorers[mode] = Scorer(model, n_live=N_PREFILL + (n_prefix if mode.startswith("full") else 0), **asked)
+        if mode.startswith("full"):
+            fill(scorers[mode], n_prefix)
+    decode: dict[str, list[float]] = {mode: [] for mode in MODES}
+    prefill: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(rounds):
         steps = {mode: scorer.decode(live, N_DECODE + 1) for mode, scorer in scorers.items()}
         for i in range(N_DECODE + 1):
-            for mode in modes:
+            for mode in MODES:
                 _, seconds = next(steps[mode])
                 if i > 0:  # the first includes the live text
                     decode[mode].append(1000 * seconds)
-        for mode in modes:
+        for mode in MODES:
             prefill[mode].append(prefill_seconds(scorers[mode], (tokens * 2)[:N_PREFILL]))
     for scorer in scorers.values():
         scorer.close()
     rows = []
-    for mode in modes:
+    for mode in MODES:
         row = {"model": name, "mode": mode, "prefix_tokens": n_prefix, "ms_per_token": statistics.median(decode[mode])}
         row |= {"ms_spread": spread(decode[mode]), "ratio_to_none": ratio(decode[mode], decode["none"])}
         row |= {"prefill_tokens_per_s": N_PREFILL / statistics.median(prefill[mode]), "prefill_ratio": ratio(prefill[mode], prefill["none"])}
-        cold = [cold_start(model, mode, path, threads) for _ in range(1 if mode.startswith("full") else rounds)]
-        row |= {key: statistics.median(run[key] for run in cold) for key in cold[0]}
+        if n_prefix <= COLD.get((name, mode), n_prefix):
+            cold = [cold_start(model, mode, path, threads) for _ in range(1 if mode.startswith("full") else rounds)]
+            row |= {key: statistics.median(run[key] for run in cold) for key in cold[0]}
         row["file_bytes"] = path.stat().st_size if mode.startswith("memory") else 0
         rows.append(row)
     return rows
@@ -137,9 +143,7 @@ def table(rows: list[dict]) -> Table:
             f"{row['ratio_to_none']:.2f}",
             f"{row['prefill_tokens_per_s']:.0f}",
             f"{row['prefill_ratio']:.2f}",
-            f"{row['first_token_s']:.2f}",
-            f"{row['load_ms']:.1f}",
-            f"{row['peak_rss_bytes'] / 1e6:.0f}",
+            *((f"{row['first_token_s']:.2f}", f"{row['load_ms']:.1f}", f"{row['peak_rss_bytes'] / 1e6:.1f}") if "first_token_s" in row else ("",) * 3),
             f"{row['file_bytes'] / 1e6:.1f}",
         )
     return found

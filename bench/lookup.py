@@ -6,8 +6,9 @@ Entries are live queries of one layer of the default model over real text after 
 the queries that look them up are of other text. Recall@1: how often a search finds the entry that the scan finds.
 Comparisons of HNSW: rows of the table that are scored for one query, counted in a walk of the same graph in Python, which also
 has to find what the runtime finds; and the same with one number of candidates (ef) for all sizes. µs per query: one thread,
-one token at a time (and with it the cost of a call), and in batches of 64 tokens, where the scan is a matrix product. A run
-is written with date to results/, with a plot. The captured queries are kept in build/.
+one token at a time (and with it the cost of a call), and in batches of 64 tokens, where the scan is a matrix product. Load:
+the file, with its lists and its graph, mapped and checked. A run is written with date to results/, with a plot. The captured
+queries are kept in build/.
 """
 
 import heapq
@@ -48,7 +49,7 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
     for n in SIZES:
         path, entries = write_memory(known, n, layer)
         handle = llama.load_memory(path).handle
-        row, state = {"entries": n}, {}
+        row, state = {"entries": n, "file_bytes": path.stat().st_size, "load_ms": load_ms(llama, path, repeat)}, {}
         for lookup in LOOKUPS:
             for batch in BATCHES:
                 state[lookup], row[f"us_{lookup}_{batch}"] = timed(handle, layer, test, lookup, batch, repeat)
@@ -118,6 +119,17 @@ def timed(handle: int, layer: int, q: np.ndarray, lookup: str, batch: int, repea
             native.state(handle, layer, q[i : i + batch], lookup)
             seconds.append((time.perf_counter() - start) / len(q[i : i + batch]) / q.shape[1])
     return np.concatenate(states), 1e6 * statistics.median(seconds)
+
+
+def load_ms(llama: MemoryLlama, path: Path, repeat: int) -> float:
+    """Median ms to load a memory."""
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        handle = native.init(llama.model, str(path))
+        seconds.append(time.perf_counter() - start)
+        native.free(handle)
+    return 1000 * statistics.median(seconds)
 
 
 def runtime_ef(n: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from attnmem_local import errors
 from attnmem_local.evaluate import Scorer, kl
-from attnmem_local.memory import LayerMemory
+from attnmem_local.memory import MAX_SEGMENTS, LayerMemory
 from attnmem_local.prefix import chat_prefix
 from attnmem_local.runtime import MemoryLlama
 
@@ -64,6 +64,17 @@ def test_segments_of_one_file_and_heads_of_different_size(tiny, full, lookup):
     second.offset = np.array([0, 0, n - 60], dtype=np.int32)
     path = tiny.save(memory, "segments")
     assert kl(full, Scorer(tiny.path, memory=path, lookup=lookup).log_probs(tiny.live)).mean() < 1e-5
+
+
+def test_as_many_segments_as_a_file_may_have(tiny, full):
+    memory = tiny.exact()
+    for layer in memory.layers[0].values():
+        layer.anchor.bias = layer.anchor.bias - np.log(MAX_SEGMENTS, dtype=np.float32)  # together they weigh as much as one
+    memory.layers *= MAX_SEGMENTS
+    memory.segment_offset = [0] * MAX_SEGMENTS + [len(memory.prefix_tokens)]
+    path = tiny.save(memory, "many")
+    for flash in (False, True):
+        assert kl(full, Scorer(tiny.path, memory=path, flash_attn=flash).log_probs(tiny.live)).mean() < 1e-5
 
 
 def test_gain(tiny, exact):

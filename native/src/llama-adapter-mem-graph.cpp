@@ -127,8 +127,9 @@ uint64_t llama_adapter_mems::get_n_nodes() const {
                 }
             }
         }
-        // stock ops: per KV head about 12 nodes, and up to 24 for each table; the op: one for each, and about 20
-        res += has_op(il) ? 32 + 2*n_tables : items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables);
+        // stock ops: per KV head about 12 nodes, and up to 24 for each table; the op: 11, and one or two for each table,
+        // which has up to 8 tensors that are leafs of the graph
+        res += has_op(il) ? 16 + 10*n_tables : items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables);
     }
     return res;
 }

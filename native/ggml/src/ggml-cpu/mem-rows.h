@@ -20,8 +20,11 @@ constexpr int64_t MEM_TILE_ROWS = 32;
 constexpr int MEM_CACHE_L1 = 3;
 constexpr int MEM_CACHE_L2 = 2;
 
-// not in a function of its own, which gcc takes for one without effect
+// always inlined, because gcc takes a call of it for one without effect
 template <int CACHE = MEM_CACHE_L1>
+#if defined(__GNUC__)
+__attribute__((always_inline))
+#endif
 static inline void mem_prefetch(const void * data, size_t size) {
 #if defined(__GNUC__)
     for (size_t offs = 0; offs < size; offs += CACHE_LINE_SIZE) {
@@ -185,7 +188,7 @@ static inline void mem_dot(int64_t d, const char * const * k, const float * q, f
 // sum[r] = k[r]*q for NR rows, 4 at most, all in Q8_0
 template <int NR>
 static inline void mem_dot_q8_0(int64_t d, const char * const * k, const block_q8_0 * q, float * sum) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) && defined(__F16C__)
     __m256 acc[NR];
     for (int r = 0; r < NR; r++) {
         acc[r] = _mm256_setzero_ps();
@@ -354,14 +357,15 @@ static float mem_tile_max(const float * x) {
     return *std::max_element(max, max + 8);
 }
 
-// a number that at least k of n scores reach, and not many more
+// a bound from below of the k-th largest of n scores, which not many more of them reach if n is large and k is not
 static float mem_bound_of_best(const float * x, int64_t n, int64_t k) {
-    float max[32];
-    if (k > 32) {
+    constexpr int LANES = 32;
+    if (k > LANES) {
         return -INFINITY;
     }
-    mem_max_lanes<32>(x, n, max);
-    std::nth_element(max, max + k - 1, max + 32, std::greater<float>());
+    float max[LANES];
+    mem_max_lanes<LANES>(x, n, max);
+    std::nth_element(max, max + k - 1, max + LANES, std::greater<float>());
     return max[k - 1];
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 // number of candidates that a walk for the best of n entries keeps on level 0, for a recall@1 of 0.98 (bench/lookup.py)
@@ -97,8 +98,8 @@ struct mem_search {
         n_next = 0;
         found.clear();
         found.limit = a->top_k;
-        next .resize(std::max({ a->m0, a->m, MEM_TILE_ROWS }));
-        score.resize(next.size());
+        next .resize(std::max(a->m0, a->m));
+        score.resize(std::max(score.size(), next.size()));
     }
 
     // for rows of 8 bits
@@ -155,7 +156,10 @@ struct mem_search {
     // what a search has found, by the query itself
     void rescore() {
         if (found.empty()) {
-            found.emplace_back(); // the query has numbers that are not finite
+            found.emplace_back(); // the query has numbers that are not finite, or too large for 8 bits
+        }
+        if (a->key->type != GGML_TYPE_Q8_0) {
+            return; // it is by that already
         }
         score_rows(a->key, bias, found.size(), false,
             [&](int64_t i) { return a->offset[h] + found[i].entry; },
@@ -328,7 +332,7 @@ struct mem_searches {
         if (a.list) {
             for (int64_t h = i0/n_q; h <= (i1 - 1)/n_q; h++) {
                 const int64_t l = a.list_offset[h];
-                const int64_t n = a.list_offset[h + 1] - l;
+                const int64_t n = a.use_search(h) ? a.list_offset[h + 1] - l : 0;
                 mem_prefetch<MEM_CACHE_L2>((const char *) a.list_key->data + l*a.list_key->nb[1], n*a.list_key->nb[1]);
                 mem_prefetch<MEM_CACHE_L2>(a.list_bias + l, n*sizeof(float));
             }
