@@ -119,17 +119,20 @@ uint64_t llama_adapter_mems::get_n_nodes() const {
         if (!has_layer(il)) {
             continue;
         }
-        uint64_t n_tables = 0;
+        uint64_t n_tables  = 0;
+        uint64_t n_tensors = 0; // leafs of the graph, which need room as well
         for (const auto & item : items) {
             for (const auto & segment : item.adapter->layers[il].segments) {
                 for (const auto * entries : { &segment.centroid, &segment.tangent, &segment.residual, &segment.token, &segment.anchor }) {
-                    n_tables += entries->n_all() > 0;
+                    if (entries->n_all() > 0) {
+                        n_tables  += 1;
+                        n_tensors += 4 + (entries->lse ? 1 : 0) + (entries->link0 || entries->list ? 3 : 0);
+                    }
                 }
             }
         }
-        // stock ops: per KV head about 12 nodes, and up to 24 for each table; the op: 11, and one or two for each table,
-        // which has up to 8 tensors that are leafs of the graph
-        res += has_op(il) ? 16 + 10*n_tables : items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables);
+        // the op: 11 nodes, and one or two for each table; stock ops: per KV head about 12, and up to 24 for each table
+        res += n_tensors + (has_op(il) ? 12 + 2*n_tables : items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables));
     }
     return res;
 }

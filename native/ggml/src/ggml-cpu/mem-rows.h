@@ -14,7 +14,7 @@
 #include <functional>
 #include <type_traits>
 
-constexpr int64_t MEM_TILE_ROWS = 32;
+constexpr int64_t MEM_TILE_ROWS = 64;
 
 // localities of __builtin_prefetch
 constexpr int MEM_CACHE_L1 = 3;
@@ -39,6 +39,15 @@ static inline void mem_prefetch(const void * data, size_t size) {
 #if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
 #define MEM_SIMD
 #endif
+
+// the scales of blocks: an instruction, where there is one, does not push the rows out of the cache as ggml's table does
+static inline float mem_fp16_to_fp32(ggml_fp16_t x) {
+#if defined(__F16C__)
+    return GGML_CPU_COMPUTE_FP16_TO_FP32(x);
+#else
+    return GGML_CPU_FP16_TO_FP32(x);
+#endif
+}
 
 // types of rows
 //   at     where column c of a row is
@@ -87,7 +96,7 @@ struct mem_row_q8_0 {
 
     static const int8_t * at(const char * row, int64_t c) { return ((const block_q8_0 *) row)[c/QK8_0].qs + c%QK8_0; }
     static float value(const int8_t * x) { return *x; }
-    static float scale(const char * row, int64_t c) { return GGML_CPU_FP16_TO_FP32(((const block_q8_0 *) row)[c/QK8_0].d); }
+    static float scale(const char * row, int64_t c) { return mem_fp16_to_fp32(((const block_q8_0 *) row)[c/QK8_0].d); }
 #if defined(MEM_SIMD)
     static GGML_F32_VEC load(const int8_t * x, int64_t l) {
 #if defined(__AVX512F__)
@@ -185,17 +194,60 @@ static inline void mem_dot(int64_t d, const char * const * k, const float * q, f
     }
 }
 
+#if defined(__AVX512F__)
+// x[4*j + r] for rows r and queries j to the sums of their lanes, sum[j*stride + r]
+template <int NQ>
+static inline void mem_sum_rows(const __m512 * x, float * sum, int64_t stride) {
+    __m512 y[4]; // of a query: in each quarter the sums of that quarter for 4 rows
+    for (int j = 0; j < NQ; j++) {
+        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[4*j + 0], x[4*j + 1]), _mm512_unpackhi_ps(x[4*j + 0], x[4*j + 1]));
+        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(x[4*j + 2], x[4*j + 3]), _mm512_unpackhi_ps(x[4*j + 2], x[4*j + 3]));
+        y[j] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    }
+    for (int j = 0; j < NQ; j++) {
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(y[j]), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(y[j]), 1)));
+        _mm_storeu_ps(sum + j*stride, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
+}
+
+// sum[j*stride + r] = k[r]*q[j] for 4 rows and NQ queries, 4 at most, of a size that is a multiple of 32
+template <typename T, int NQ>
+static inline void mem_dot_rows(int64_t d, const char * k, size_t row_size, const float * q, float * sum, int64_t stride) {
+    __m512 acc[4*NQ];
+    for (int i = 0; i < 4*NQ; i++) {
+        acc[i] = _mm512_setzero_ps();
+    }
+    for (int64_t c = 0; c < d; c += 32) {
+        for (int r = 0; r < 4; r++) {
+            const auto * x = T::at(k + r*row_size, c);
+            __m512 y0 = T::load(x, 0);
+            __m512 y1 = T::load(x, 16);
+            if (T::scaled) {
+                const __m512 scale = _mm512_set1_ps(T::scale(k + r*row_size, c));
+                y0 = _mm512_mul_ps(y0, scale);
+                y1 = _mm512_mul_ps(y1, scale);
+            }
+            for (int j = 0; j < NQ; j++) {
+                acc[4*j + r] = _mm512_fmadd_ps(y0, _mm512_loadu_ps(q + j*d + c), acc[4*j + r]);
+                acc[4*j + r] = _mm512_fmadd_ps(y1, _mm512_loadu_ps(q + j*d + c + 16), acc[4*j + r]);
+            }
+        }
+    }
+    mem_sum_rows<NQ>(acc, sum, stride);
+}
+#endif
+
 // sum[r] = k[r]*q for NR rows, 4 at most, all in Q8_0
 template <int NR>
 static inline void mem_dot_q8_0(int64_t d, const char * const * k, const block_q8_0 * q, float * sum) {
-#if defined(__AVX2__) && defined(__F16C__)
+#if defined(__AVX2__)
     __m256 acc[NR];
     for (int r = 0; r < NR; r++) {
         acc[r] = _mm256_setzero_ps();
     }
     for (int64_t b = 0; b < d/QK8_0; b++) {
         const __m256i y   = _mm256_loadu_si256((const __m256i *) q[b].qs);
-        const float   d_q = GGML_CPU_COMPUTE_FP16_TO_FP32(q[b].d);
+        const float   d_q = mem_fp16_to_fp32(q[b].d);
         for (int r = 0; r < NR; r++) {
             const block_q8_0 * row = (const block_q8_0 *) k[r] + b;
 
@@ -208,7 +260,7 @@ static inline void mem_dot_q8_0(int64_t d, const char * const * k, const block_q
 #else
             const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(u, v), _mm256_set1_epi16(1));
 #endif
-            const float scale = d_q*GGML_CPU_COMPUTE_FP16_TO_FP32(row->d);
+            const float scale = d_q*mem_fp16_to_fp32(row->d);
             acc[r] = _mm256_fmadd_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(p), acc[r]);
         }
     }

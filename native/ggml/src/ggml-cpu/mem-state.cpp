@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int64_t MEM_TILE_QUERIES = 64;
+constexpr int64_t MEM_TILE_QUERIES = 128;
 
 // with fewer queries than this, a dot product per row and query beats a matrix product with the transposed rows
 constexpr int64_t MEM_GEMM_MIN_QUERIES = 8;
@@ -126,7 +126,14 @@ struct mem_work {
         if (n_q < MEM_GEMM_MIN_QUERIES) {
             mem_by_type(a.key, [&](auto type) {
                 mem_by_four(n_q, [&](auto nq, int64_t j) {
-                    for (int64_t i = 0; i < n; i++) {
+                    int64_t i = 0;
+#if defined(__AVX512F__)
+                    for (; i + 4 <= n && d % 32 == 0; i += 4) {
+                        const char * rows = (const char *) a.key->data + (i0 + i)*a.key->nb[1];
+                        mem_dot_rows<decltype(type), nq>(d, rows, a.key->nb[1], q + j*d, s + j*MEM_TILE_ROWS + i, MEM_TILE_ROWS);
+                    }
+#endif
+                    for (; i < n; i++) {
                         const char * row = (const char *) a.key->data + (i0 + i)*a.key->nb[1];
                         float sum[nq];
                         mem_dot<decltype(type), 1, nq>(d, &row, q + j*d, sum);
