@@ -72,8 +72,9 @@ void llama_adapter_mems::check(const llama_model & model, const llama_cparams & 
             throw std::runtime_error("wrong_model: the memory was loaded for another model; load it for the model of this context");
         }
     }
-    if (get_n_nodes() > MEM_MAX_NODES) {
-        throw std::runtime_error(format("unsupported: the memories have too many segments (%llu graph nodes)", (unsigned long long) get_n_nodes()));
+    if (get_n_nodes(cparams.flash_attn) > MEM_MAX_NODES) {
+        throw std::runtime_error(format("unsupported: the memories have too many segments (%llu graph nodes)",
+            (unsigned long long) get_n_nodes(cparams.flash_attn)));
     }
 
     auto differs = [](float a, float b) { return std::fabs(a - b) > 1e-6f*std::fabs(b); };
@@ -113,14 +114,14 @@ bool llama_adapter_mems::has_op(int il) const {
         std::all_of(items.begin(), items.end(), [&](const item & item) { return item.adapter->layers[il].has_op; });
 }
 
-uint64_t llama_adapter_mems::get_n_nodes() const {
+uint64_t llama_adapter_mems::get_n_nodes(bool flash_attn) const {
     uint64_t res = 0;
     for (int il = 0; il < (int) layers_reached.size(); il++) {
         if (!has_layer(il)) {
             continue;
         }
         uint64_t n_tables  = 0;
-        uint64_t n_tensors = 0; // leafs of the graph, which need room as well
+        uint64_t n_tensors = 0; // leafs of the graph
         for (const auto & item : items) {
             for (const auto & segment : item.adapter->layers[il].segments) {
                 for (const auto * entries : { &segment.centroid, &segment.tangent, &segment.residual, &segment.token, &segment.anchor }) {
@@ -131,8 +132,10 @@ uint64_t llama_adapter_mems::get_n_nodes() const {
                 }
             }
         }
-        // the op: 11 nodes, and one or two for each table; stock ops: per KV head about 12, and up to 24 for each table
-        res += n_tensors + (has_op(il) ? 12 + 2*n_tables : items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables));
+        // the op: one or two nodes for each table, and 11 for attention without flash attention
+        // stock ops: per KV head about 12, and up to 24 for each table
+        res += n_tensors + (has_op(il) ? (flash_attn ? 0 : 12) + 2*n_tables :
+            items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables));
     }
     return res;
 }

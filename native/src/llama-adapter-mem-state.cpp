@@ -27,7 +27,9 @@ int32_t llama_adapter_mem_state(
     const float gain = 0.0f;
     const llama_adapter_mems mems(&adapter, &gain, 1, lookup);
 
-    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*(16 + mems.get_n_nodes()) + ggml_graph_overhead(), nullptr, true }) };
+    const size_t n_nodes = 16 + mems.get_n_nodes(true);
+
+    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*n_nodes + ggml_graph_overhead_custom(n_nodes, false), nullptr, true }) };
     if (!ctx) {
         return -1;
     }
@@ -35,7 +37,7 @@ int32_t llama_adapter_mem_state(
     ggml_tensor * x   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n_embd_k, n_head, n_tokens);
     ggml_tensor * res = mems.build_state_op(ctx.get(), ggml_permute(ctx.get(), x, 0, 2, 1, 3), adapter->kq_scale, il);
 
-    ggml_cgraph * gf = ggml_new_graph(ctx.get());
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), n_nodes, false);
     ggml_build_forward_expand(gf, res);
 
     ggml_backend_ptr backend { ggml_backend_cpu_init() };

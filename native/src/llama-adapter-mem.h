@@ -135,8 +135,8 @@ struct llama_adapter_mems {
 
     bool has_layer(int il) const;
 
-    // what the memories add to a graph, at most
-    uint64_t get_n_nodes() const;
+    // what the memories add to a graph, at most: nodes, and leafs, which need room as well
+    uint64_t get_n_nodes(bool flash_attn) const;
 
     bool same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const;
 
