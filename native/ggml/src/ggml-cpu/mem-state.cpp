@@ -172,10 +172,6 @@ struct mem_work {
         for (; i0 < i1; i0 += MEM_TILE_ROWS) {
             const int64_t n = std::min(MEM_TILE_ROWS, i1 - i0);
 
-            // values are used after the keys, and by then the keys of the next tile are on their way as well
-            mem_prefetch((const char *) a.value->data + i0*a.value->nb[1], n*a.value->nb[1]);
-            mem_prefetch((const char *) a.key->data + (i0 + n)*a.key->nb[1], std::min(MEM_TILE_ROWS, i1 - i0 - n)*a.key->nb[1]);
-
             score(a, i0, n, n_q);
 
             for (int64_t j = 0; j < n_q; j++) {
