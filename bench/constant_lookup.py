@@ -37,7 +37,7 @@ def main(anchors: int, heads: int, rounds: int, as_json: bool) -> None:
     case = CASES["readme"](FULL)
     model = load_model(DEFAULT_MODEL)
     kv = prefill(model, case.prefix.tokens)
-    chosen = most_sensitive(model, kv, case, heads) if heads else ...
+    chosen = most_sensitive(model, kv, case, anchors, heads) if heads else ...
     rows, paths = [], {}
     for n in ENTRIES:
         plan = uniform_plan(model.spec, anchors=anchors, eight_bit=True)
@@ -54,11 +54,11 @@ def main(anchors: int, heads: int, rounds: int, as_json: bool) -> None:
     report(rows, as_json, anchors=anchors, heads=heads, threads=os.cpu_count())
 
 
-def most_sensitive(model, kv, case, n: int) -> tuple[np.ndarray, ...]:
-    """Index of the n heads [segment, layer, KV head] whose anchors alone raise the KL most."""
+def most_sensitive(model, kv, case, anchors: int, n: int) -> tuple[np.ndarray, ...]:
+    """Index of the n heads [segment, layer, KV head] where so many anchors alone raise the KL most."""
     windows, offset = case.build_windows(), case.prefix.offset
     found = curves(model, kv, capture(model, kv, spread(windows, TOKENS)), offset, [0], sensitivity(model, kv, windows, seed=0))
-    worst = sorted(found, key=lambda head: -found[head].at(64))[:n]
+    worst = sorted(found, key=lambda head: -found[head].at(anchors))[:n]
     return tuple(np.array(worst).T)
 
 
