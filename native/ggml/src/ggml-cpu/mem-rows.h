@@ -404,9 +404,17 @@ static void mem_max_lanes(const float * x, int64_t n, float * max) {
 
 // of the scores of a tile
 static float mem_tile_max(const float * x) {
+#if defined(__AVX512F__)
+    __m512 max = _mm512_loadu_ps(x);
+    for (int64_t i = 16; i < MEM_TILE_ROWS; i += 16) {
+        max = _mm512_max_ps(_mm512_loadu_ps(x + i), max);
+    }
+    return _mm512_reduce_max_ps(max);
+#else
     float max[8];
     mem_max_lanes<8>(x, MEM_TILE_ROWS, max);
     return *std::max_element(max, max + 8);
+#endif
 }
 
 // a bound from below of the k-th largest of n scores, which not many more of them reach if n is large and k is not

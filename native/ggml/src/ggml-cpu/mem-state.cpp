@@ -96,10 +96,12 @@ struct mem_work {
     mem_acc acc;   // [MEM_TILE_QUERIES]
 
     static size_t size(int64_t n_embd_k, int64_t n_embd_v) {
-        return MEM_TILE_QUERIES*(n_embd_k + MEM_TILE_ROWS + n_embd_v + 2) + MEM_TILE_ROWS*(2*n_embd_k + n_embd_v) + CACHE_LINE_SIZE/sizeof(float);
+        return MEM_TILE_QUERIES*(n_embd_k + MEM_TILE_ROWS + n_embd_v + 2) + MEM_TILE_ROWS*(2*n_embd_k + n_embd_v) + 2*CACHE_LINE_SIZE/sizeof(float);
     }
 
+    // from the next cache line on: a vector that crosses lines costs two loads, and data may be anywhere
     mem_work(const mem_args & a, float * data) {
+        data = (float *) GGML_PAD((uintptr_t) data, CACHE_LINE_SIZE);
         auto take = [&](int64_t n) {
             float * res = data;
             data += n;
@@ -113,16 +115,20 @@ struct mem_work {
         acc = { take(MEM_TILE_QUERIES), take(MEM_TILE_QUERIES), take(MEM_TILE_QUERIES*a.n_embd_v), a.n_embd_v };
     }
 
-    // queries j0 .. j0 + n_q - 1 of a KV head
+    // queries j0 .. j0 + n_q - 1 of a KV head, scaled
     void load(const mem_args & a, int64_t h, int64_t j0, int64_t n_q) const {
         for (int64_t j = 0; j < n_q; j++) {
-            memcpy(q + j*a.n_embd_k, a.query(h, j0 + j), a.n_embd_k*sizeof(float));
+            const float * from = a.query(h, j0 + j);
+            for (int64_t c = 0; c < a.n_embd_k; c++) {
+                q[j*a.n_embd_k + c] = a.scale*from[c];
+            }
         }
     }
 
-    // scale*key*q + bias of n rows from i0 on, for n_q loaded queries, to s; -INFINITY fills up the tile
+    // key*q + bias of n rows from i0 on, for n_q loaded queries, to s; -INFINITY fills up the tile
     void score(const mem_args & a, int64_t i0, int64_t n, int64_t n_q) const {
-        const int64_t d = a.n_embd_k;
+        const int64_t d    = a.n_embd_k;
+        const float * bias = (const float *) a.bias->data + i0;
         if (n_q < MEM_GEMM_MIN_QUERIES) {
             mem_by_type(a.key, [&](auto type) {
                 mem_by_four(n_q, [&](auto nq, int64_t j) {
@@ -143,6 +149,9 @@ struct mem_work {
                     }
                 });
             });
+            for (int64_t j = 0; j < n_q; j++) {
+                ggml_vec_acc_f32(n, s + j*MEM_TILE_ROWS, bias);
+            }
         } else {
             mem_to_f32(a.key, i0, n, k);
             if (n < MEM_TILE_ROWS) {
@@ -153,15 +162,12 @@ struct mem_work {
                     k_t[c*MEM_TILE_ROWS + i] = k[i*d + c];
                 }
             }
-            memset(s, 0, n_q*MEM_TILE_ROWS*sizeof(float));
+            for (int64_t j = 0; j < n_q; j++) {
+                memcpy(s + j*MEM_TILE_ROWS, bias, n*sizeof(float));
+            }
             simd_gemm(s, q, k_t, n_q, d, MEM_TILE_ROWS);
         }
-
-        const float * bias = (const float *) a.bias->data + i0;
         for (int64_t j = 0; j < n_q; j++) {
-            for (int64_t i = 0; i < n; i++) {
-                s[j*MEM_TILE_ROWS + i] = s[j*MEM_TILE_ROWS + i]*a.scale + bias[i];
-            }
             std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, -INFINITY);
         }
     }
