@@ -8,9 +8,11 @@
 #include "ggml-impl.h"
 #include "ops.h"
 #include "quants.h"
+#include "simd-gemm.h"
 #include "simd-mappings.h"
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <type_traits>
 
@@ -397,8 +399,8 @@ static void mem_max_lanes(const float * x, int64_t n, float * max) {
             max[l] = std::max(max[l], x[i + l]);
         }
     }
-    for (; i < n; i++) {
-        max[0] = std::max(max[0], x[i]);
+    for (int64_t l = 0; i + l < n; l++) {
+        max[l] = std::max(max[l], x[i + l]);
     }
 }
 
@@ -436,4 +438,46 @@ static void mem_to_f32(const ggml_tensor * table, int64_t i0, int64_t n, float *
             mem_row_to_f32<decltype(type)>((const char *) table->data + (i0 + i)*table->nb[1], table->ne[0], y + i*table->ne[0]);
         }
     });
+}
+
+#if defined(__AVX512F__)
+// c[4][64] += a[4][k]*b[k][64], in rows of c and b of size n
+static inline void mem_gemm_4x64(float * c, const float * a, const float * b, int64_t k, int64_t n) {
+    __m512 acc[4][4];
+    for (int i = 0; i < 4; i++) {
+        for (int r = 0; r < 4; r++) {
+            acc[i][r] = _mm512_loadu_ps(c + i*n + r*16);
+        }
+    }
+    for (int64_t l = 0; l < k; l++) {
+        __m512 row[4];
+        for (int r = 0; r < 4; r++) {
+            row[r] = _mm512_loadu_ps(b + l*n + r*16);
+        }
+        std::atomic_signal_fence(std::memory_order_acq_rel); // or gcc loads the row again for each i
+        for (int i = 0; i < 4; i++) {
+            const __m512 x = _mm512_set1_ps(a[i*k + l]);
+            for (int r = 0; r < 4; r++) {
+                acc[i][r] = _mm512_fmadd_ps(row[r], x, acc[i][r]);
+            }
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        for (int r = 0; r < 4; r++) {
+            _mm512_storeu_ps(c + i*n + r*16, acc[i][r]);
+        }
+    }
+}
+#endif
+
+// c[m][n] += a[m][k]*b[k][n]
+static void mem_gemm(float * c, const float * a, const float * b, int64_t m, int64_t k, int64_t n) {
+#if defined(__AVX512F__)
+    for (; n % 64 == 0 && m >= 4; m -= 4, a += 4*k, c += 4*n) {
+        for (int64_t j = 0; j < n; j += 64) {
+            mem_gemm_4x64(c + j, a, b + j, k, n);
+        }
+    }
+#endif
+    simd_gemm(c, a, b, m, k, n);
 }

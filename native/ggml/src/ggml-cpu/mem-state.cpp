@@ -11,7 +11,6 @@
 
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
-#include "simd-gemm.h"
 #include "vec.h"
 
 #include <algorithm>
@@ -165,7 +164,7 @@ struct mem_work {
             for (int64_t j = 0; j < n_q; j++) {
                 memcpy(s + j*MEM_TILE_ROWS, bias, n*sizeof(float));
             }
-            simd_gemm(s, q, k_t, n_q, d, MEM_TILE_ROWS);
+            mem_gemm(s, q, k_t, n_q, d, MEM_TILE_ROWS);
         }
         for (int64_t j = 0; j < n_q; j++) {
             std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, -INFINITY);
@@ -199,7 +198,7 @@ struct mem_work {
                     std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, 0.0f);
                 }
                 memset(v + n*d, 0, (MEM_TILE_ROWS - n)*d*sizeof(float));
-                simd_gemm(acc.o, s, v, n_q, MEM_TILE_ROWS, d);
+                mem_gemm(acc.o, s, v, n_q, MEM_TILE_ROWS, d);
             }
         }
     }
