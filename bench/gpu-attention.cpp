@@ -66,6 +66,7 @@ struct bench {
     ggml_tensor * memory(ggml_tensor * q) {
         ggml_mem_table t = {};
         t.kind  = GGML_MEM_CENTROID;
+        t.n_max = n;
         t.key   = table(GGML_TYPE_F16, { d, n*n_head_kv });
         t.value = table(GGML_TYPE_F16, { d, n*n_head_kv });
         t.bias  = table(GGML_TYPE_F32, { n*n_head_kv });

@@ -79,6 +79,9 @@ void llama_adapter_mems::check(const llama_model & model, const llama_cparams & 
 
     auto differs = [](float a, float b) { return std::fabs(a - b) > 1e-6f*std::fabs(b); };
 
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        throw std::runtime_error("unsupported: tensors that are split over devices; load the model with another split mode");
+    }
     if (cparams.embeddings) {
         throw std::runtime_error("unsupported: a context for embeddings cannot use a memory; create it with embeddings off");
     }
@@ -132,9 +135,9 @@ uint64_t llama_adapter_mems::get_n_nodes(bool flash_attn) const {
                 }
             }
         }
-        // the op: one or two nodes for each table, and 11 for attention without flash attention
+        // the op: one or two nodes for each table, and 13 for attention without flash attention
         // stock ops: per KV head about 12, and up to 24 for each table
-        res += n_tensors + (has_op(il) ? (flash_attn ? 0 : 12) + 2*n_tables :
+        res += n_tensors + (has_op(il) ? (flash_attn ? 0 : 14) + 2*n_tables :
             items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables));
     }
     return res;
@@ -193,7 +196,7 @@ ggml_tensor * llama_adapter_mems::build_state_op(ggml_context * ctx, ggml_tensor
         if (e.n_all() == 0) {
             return state;
         }
-        ggml_mem_table table = { kind, e.key, e.bias, e.value, e.lse, e.head, (int32_t) top_k, 0, };
+        ggml_mem_table table = { kind, e.key, e.bias, e.value, e.lse, e.head, (int32_t) top_k, 0, (int32_t) e.n_max(), };
 
         const bool is_auto  = lookup == LLAMA_MEM_LOOKUP_AUTO && e.n_max() >= MEM_SEARCH_MIN_ENTRIES;
         const bool is_token = kind == GGML_MEM_TOKEN; // lists of keys find the best of them less often than a graph
@@ -457,6 +460,10 @@ ggml_tensor * llama_adapter_mems::build_attn_op(
 
     ggml_tensor * p_live = ggml_view_3d(ctx, p, n_kv, n_tokens, n_head, p->nb[1], p->nb[2], 0);
     ggml_tensor * p_mem  = ggml_view_3d(ctx, p, 1,    n_tokens, n_head, p->nb[1], p->nb[2], n_kv*p->nb[0]);
+
+    if (!items[0].adapter->layers[il].is_host) {
+        p_live = ggml_cont(ctx, p_live); // matrix products on CUDA want rows that begin at even numbers
+    }
 
     return ggml_add(ctx, ggml_mul_mat(ctx, v_t, p_live), ggml_mul(ctx, o, p_mem));
 }

@@ -243,6 +243,7 @@ static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_
     ggml_mem_table table = {};
     table.kind  = kind;
     table.top_k = TOP_K;
+    table.n_max = 150;
     table.key   = ggml_new_tensor_2d(ctx, type, p.d_k, n);
     table.value = ggml_new_tensor_2d(ctx, type, p.d_v, n);
     table.bias  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n);

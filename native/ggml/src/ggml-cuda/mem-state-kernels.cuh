@@ -463,7 +463,7 @@ static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_stat
         }
     };
 
-    if (n < a.min_entries) {
+    if (n < a.min_entries || n_list > MEM_MAX_LISTS) {
         const int share = (n + n_warp - 1)/n_warp;
         search(n0 + min(n, warp*share), n0 + min(n, (warp + 1)*share));
     } else {

@@ -99,7 +99,7 @@ void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
         return;
     }
 
-    if (a.n_probe > 0 && dst->src[7]->ne[1] <= MEM_MAX_LISTS) {
+    if (a.n_probe > 0) {
         launch(mem_probe, grid_q, 2*MEM_THREADS, a);
         return;
     }
@@ -108,8 +108,8 @@ void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
         // few queries: the rows are shared out, so that the device is busy
         const int n_block = (a.n_q() + nq - 1)/nq;
         const int n_sm    = ggml_cuda_info().devices[ctx.device].nsm;
-        const int n_row   = dst->src[2]->ne[1]/a.n_head_kv;
-        const int n_share = std::clamp(2*n_sm/(n_block*a.n_head_kv), 1, std::max(1, n_row/MEM_TILE_ROWS));
+        const int n_max   = ggml_get_op_params_i32(dst, 6);
+        const int n_share = std::clamp(2*n_sm/(n_block*a.n_head_kv), 1, std::max(1, n_max/MEM_TILE_ROWS));
 
         const dim3    grid(n_share, n_block, a.n_head_kv);
         const int64_t n_part = int64_t(a.n_head_kv)*a.n_q()*n_share;

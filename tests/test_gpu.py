@@ -1,0 +1,31 @@
+"""A model and its memories on the GPU give what they give on the CPU."""
+
+import llama_cpp
+import numpy as np
+import pytest
+from conftest import Tiny
+from mixed import mixed_memory
+
+from attnmem_local.evaluate import Scorer, kl
+
+pytestmark = pytest.mark.skipif(not llama_cpp.llama_supports_gpu_offload(), reason="no GPU, or built without it (./build.sh --cuda)")
+
+
+@pytest.fixture(scope="module")
+def tiny64(tmp_path_factory) -> Tiny:
+    """With heads that flash attention has a kernel for."""
+    return Tiny(tmp_path_factory.mktemp("tiny64"), head_dim=64)
+
+
+@pytest.mark.parametrize("n_batch", [1, 2, 16, 17, 64])  # matrix products have other kernels for few tokens
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["", "flash"])
+def test_the_gpu_gives_what_the_cpu_gives(tiny64, flash_attn, n_batch):
+    path = tiny64.save(mixed_memory(tiny64.model.spec, tiny64.prefix, q8_0=True, times=20), "large")
+    live = tiny64.live[:64]
+    cpu, gpu, none = (
+        Scorer(tiny64.path, memory=memory, n_batch=n_batch, flash_attn=flash_attn, n_gpu_layers=n, op_offload=False).log_probs(live)
+        for n, memory in ((0, path), (-1, path), (0, ()))
+    )
+    # the error of a query that finds the other of two entries stays with its token
+    assert np.median(kl(cpu, gpu)) < 1e-3 and kl(cpu, gpu).mean() < 1e-2
+    assert kl(cpu, none).mean() > 0.1
