@@ -194,6 +194,34 @@ def check(run: Run, rows: Rows) -> None:
         rows.add(what=what, ok=done.returncode == 0, output=done.stdout[-6000:])
         if done.returncode:
             raise click.ClickException(f"{what} failed with {done.returncode}")
+    for flash_attn in (False, True):
+        if not rows.has(what="model", flash_attn=flash_attn, ok=True):
+            none, memory = difference_to_cpu(run, flash_attn)
+            rows.add(what="model", flash_attn=flash_attn, ok=memory < 2 * none + 1e-3, kl_none=none, kl_memory=memory)
+            if not rows.rows[-1]["ok"]:
+                raise click.ClickException(f"the model gives something else than on the CPU, flash_attn {flash_attn}")
+
+
+def difference_to_cpu(run: Run, flash_attn: bool) -> list[float]:
+    """KL of a small model on the device to the same on the CPU, without and with a memory: the worst over sizes of a batch."""
+    import gguf
+    from attnmem_local.evaluate import Scorer, kl
+    from shapes import Shape, lookup_memory, model_spec, write_llama
+
+    model, path = run.folder / "check.gguf", run.folder / "check.mem.gguf"
+    write_llama(model, Shape(2, 256, 512, 4, 2, 64, 2048))
+    lookup_memory(model_spec(gguf.GGUFReader(model)), 1).save(path)  # one entry per head, which cannot be taken for another
+    tokens = np.random.default_rng(0).integers(300, 2048, 64).tolist()
+    worst = []
+    for memory in ((), path):
+        differences = []
+        for n_batch in (1, 2, 16, 17, 64):  # matrix products have other kernels for few tokens
+            options = {"memory": memory, "n_batch": n_batch, "flash_attn": flash_attn, "op_offload": False}
+            layers = (0, 0 if run.device == "cpu" else -1)
+            cpu, device = (Scorer(model, n_gpu_layers=n, **options).log_probs(tokens) for n in layers)
+            differences.append(float(kl(cpu, device).mean()))
+        worst.append(max(differences))
+    return worst
 
 
 @stage
