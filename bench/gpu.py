@@ -195,22 +195,25 @@ def check(run: Run, rows: Rows) -> None:
         if done.returncode:
             raise click.ClickException(f"{what} failed with {done.returncode}")
     for flash_attn in (False, True):
-        if not rows.has(what="model", flash_attn=flash_attn, ok=True):
+        what = f"model with{'' if flash_attn else 'out'} flash attention"
+        if not rows.has(what=what, ok=True):
             none, memory = difference_to_cpu(run, flash_attn)
-            rows.add(what="model", flash_attn=flash_attn, ok=memory < 2 * none + 1e-3, kl_none=none, kl_memory=memory)
-            if not rows.rows[-1]["ok"]:
-                raise click.ClickException(f"the model gives something else than on the CPU, flash_attn {flash_attn}")
+            ok = memory < 2 * none + 1e-3
+            rows.add(what=what, ok=ok, kl_none=none, kl_memory=memory)
+            if not ok:
+                raise click.ClickException(f"the {what} gives something else than on the CPU")
 
 
 def difference_to_cpu(run: Run, flash_attn: bool) -> list[float]:
     """KL of a small model on the device to the same on the CPU, without and with a memory: the worst over sizes of a batch."""
     import gguf
     from attnmem_local.evaluate import Scorer, kl
-    from shapes import Shape, lookup_memory, model_spec, write_llama
+    from shapes import Shape, anchor_memory, model_spec, write_llama
 
     model, path = run.folder / "check.gguf", run.folder / "check.mem.gguf"
     write_llama(model, Shape(2, 256, 512, 4, 2, 64, 2048))
-    lookup_memory(model_spec(gguf.GGUFReader(model)), 1).save(path)  # one entry per head, which cannot be taken for another
+    sizes = np.array([[700, 0], [3, 90]])  # anchors, none of which can be taken for another
+    anchor_memory(model_spec(gguf.GGUFReader(model)), sizes, 1024).save(path)
     tokens = np.random.default_rng(0).integers(300, 2048, 64).tolist()
     worst = []
     for memory in ((), path):

@@ -131,6 +131,12 @@ def default_memory(model: Path, n_tokens: int) -> Memory:
     weight = rng.lognormal(sigma=1.3, size=(spec.block_count, spec.head_count_kv))
     anchors = weight / weight.sum() * nbytes / head_bytes(spec, 1, n_tokens + 1, eight_bit=True)
     sizes = np.clip(anchors.astype(int), 2, n_tokens)
+    return anchor_memory(spec, sizes, n_tokens)
+
+
+def anchor_memory(spec: ModelSpec, sizes: np.ndarray, n_tokens: int) -> Memory:
+    """So many anchors in each layer and KV head [n_layer, n_head_kv], for a prefix of random tokens."""
+    rng = np.random.default_rng(0)
     layers = {}
     for il, n in enumerate(sizes):
         k, v = (rng.standard_normal((n.sum(), d)).astype(np.float32) for d in (spec.key_length, spec.value_length))
