@@ -2,11 +2,12 @@
 
     .venv/bin/python bench/attention.py [--entries 8192 --entries 16384] [--layer 15] [--threads 2] [--json]
 
-As many entries per KV head as the prefix has tokens. The entries are those of bench/lookup.py in one layer of the default
-model; times are of single ops in decoding, from the callback that the runtime has for that. An op by itself has to start the
-threads, too, which in a graph it has not: us_op is what that costs, the time of an op with next to nothing to do, and
-times_faster_net is the ratio without it. With a memory: the state and flash attention over 64 to 88 live tokens. Without:
-flash attention over those and the prefix. The prefill of 16,384 tokens takes some minutes. Written with date to results/.
+As many entries per KV head as the prefix has tokens. The entries are those of bench/lookup.py, queries of one layer of the
+default model, in each of its layers, as the keys and values of the prefix are in each; times are of single ops in decoding,
+from the callback that the runtime has for that. An op by itself has to start the threads, too, which in a graph it has not:
+us_op is what that costs, the time of an op with next to nothing to do, and times_faster_net is the ratio without it. With a
+memory: the state and flash attention over 64 to 88 live tokens. Without: flash attention over those and the prefix. The
+prefill of 16,384 tokens takes some minutes. Written with date to results/.
 """
 
 import ctypes
@@ -65,7 +66,7 @@ def main(sizes: tuple[int, ...], layer: int, threads: int, as_json: bool) -> Non
     live, options = text[:LIVE], {"n_threads": threads, "n_threads_batch": threads}
     rows = []
     for n in sizes:
-        path, _ = write_memory(known, n, layer)
+        path, _ = write_memory(known, n, range(builder().spec.block_count))
         memory = decode_us(live, memory=path, **options)
         full = decode_us(live, prefix=text[:n], **options)
         attention, op = memory["MEM_STATE"] + memory["FLASH_ATTN_EXT"], memory["ADD"]  # that of the residual stream

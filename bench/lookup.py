@@ -16,6 +16,7 @@ import statistics
 import time
 from datetime import date
 from pathlib import Path
+from typing import Iterable
 
 import click
 import matplotlib
@@ -47,7 +48,7 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
     llama = MemoryLlama(str(DEFAULT_MODEL), verbose=False)
     measured = []
     for n in SIZES:
-        path, entries = write_memory(known, n, layer)
+        path, entries = write_memory(known, n, [layer])
         handle = llama.load_memory(path).handle
         row, state = {"entries": n, "file_bytes": path.stat().st_size, "load_ms": load_ms(llama, path, repeat)}, {}
         for lookup in LOOKUPS:
@@ -81,13 +82,13 @@ def captured(layer: int) -> tuple[np.ndarray, np.ndarray]:
     return found["known"], found["test"]
 
 
-def write_memory(known: np.ndarray, n: int, layer: int) -> tuple[Path, Entries]:
-    """A memory with n entries per KV head in one layer."""
+def write_memory(known: np.ndarray, n: int, layers: Iterable[int]) -> tuple[Path, Entries]:
+    """A memory with the same n entries per KV head in some layers."""
     prefix = CASES["readme"](FULL).prefix
     chosen = np.random.default_rng(0).permutation(known.shape[1])[:n]
     entries = table([own[chosen] for own in known])
     path = BUILD / "bench-lookup.mem.gguf"
-    Memory(builder().spec, prefix.tokens, prefix.text, [{layer: LayerMemory(centroid=entries)}], prefix.offset).save(path)
+    Memory(builder().spec, prefix.tokens, prefix.text, [{layer: LayerMemory(centroid=entries) for layer in layers}], prefix.offset).save(path)
     return path, entries
 
 
