@@ -134,6 +134,7 @@ SYSTEMS: dict[str, Callable[[Case], dict]] = {
     "attnmem 1/4": partial(attnmem, share=1 / 4),
     "traces before the full prefix": lambda case: classify(case, N_MORE / len(case.prefix.tokens), prefix=demonstrations(case)[0]),
     "attnmem 1/4, traces before the prefix": partial(attnmem_more, share=1 / 4),
+    "attnmem, equal bytes, traces before the prefix": partial(attnmem_more, share=1.0),
     "centroids, equal bytes": partial(centroids, entries=1280),  # with their search graphs and lists
     "attention matching 1/4": partial(attention_matching, share=1 / 4),
     **{
