@@ -21,7 +21,6 @@ class LoadedMemory:
         self.path = Path(path)
         self._handle: int | None = native.init(llama.model, str(path))
         self._changed = self.path.stat().st_mtime_ns
-        self.prefix_tokens = native.prefix_tokens(self.handle)
         messages = native.metadata(self.handle, "attnmem.prefix.messages")
         try:
             self.prefix_messages = None if messages is None else parse_messages(messages)
@@ -34,6 +33,11 @@ class LoadedMemory:
         if self._handle is None:
             raise ValueError(f"'{self.path}' was freed with the model it was loaded for")
         return self._handle
+
+    @property
+    def prefix_tokens(self) -> list[int]:
+        """The tokens that the memory stands for; not kept, as a list of them takes ten times their bytes."""
+        return native.prefix_tokens(self.handle)
 
     def metadata(self, key: str) -> str | None:
         """A scalar metadata value of the file as text, None if it has no such key."""
@@ -156,8 +160,9 @@ class MemoryLlama(llama_cpp.Llama):
             prompt = drop_prefix(prompt, self._drop_prefix)
         elif (leader := self._leader()) is not None and options.get("suffix") is None:
             tokens = self.tokenize(prompt.encode(), add_bos=False, special=True) if isinstance(prompt, str) else list(prompt)
-            n = len(leader.prefix_tokens)
-            prompt = tokens[n:] if tokens[:n] == leader.prefix_tokens else tokens
+            prefix = leader.prefix_tokens
+            n = len(prefix)
+            prompt = tokens[n:] if tokens[:n] == prefix else tokens
         return super().create_completion(prompt, *args, **options)
 
     def _leader(self) -> LoadedMemory | None:

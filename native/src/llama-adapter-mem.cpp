@@ -469,7 +469,7 @@ bool mem_device_has_op(ggml_backend_dev_t dev, const llama_adapter_mem * mem, in
 } // namespace
 
 void llama_adapter_mem::load(const char * path) {
-    const mem_file file = mem_open(path, mapping);
+    mem_file file = mem_open(path, mapping);
 
     mem_check_model(file, *model, *this);
 
@@ -524,6 +524,8 @@ void llama_adapter_mem::load(const char * path) {
     }
 
     // place the tables: in the mapped file where the CPU computes the layer, in a buffer of its device elsewhere
+    ggml_backend_buffer_ptr buf_mapped { ggml_backend_cpu_buffer_from_ptr(mapping->addr(), mapping->size()) };
+
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
     auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
         auto it = ctx_map.find(buft);
@@ -538,15 +540,10 @@ void llama_adapter_mem::load(const char * path) {
         return it->second;
     };
 
-    ggml_backend_buffer_type_t buft_host = ggml_backend_cpu_buffer_type();
-
-    std::vector<std::pair<ggml_tensor *, const void *>> placed; // tensor, where its data is in the file
+    std::vector<std::pair<ggml_tensor *, const void *>> copies; // tensor, where its data is in the file
     for (uint32_t il = 0; il < layers.size(); il++) {
         ggml_backend_buffer_type_t buft = model->select_buft(il);
         layers[il].is_host = ggml_backend_buft_is_host(buft);
-        if (layers[il].is_host) {
-            buft = buft_host;
-        }
         for (auto & segment : layers[il].segments) {
             for (const auto & kind : MEM_KINDS) {
                 auto & entries = segment.*kind.entries;
@@ -556,10 +553,16 @@ void llama_adapter_mem::load(const char * path) {
                 for (auto ** t : { &entries.key, &entries.bias, &entries.value, &entries.lse, &entries.head,
                                    &entries.link0, &entries.link, &entries.upper,
                                    &entries.list_key, &entries.list_bias, &entries.list }) {
-                    if (*t) {
+                    if (*t == nullptr) {
+                        continue;
+                    }
+                    const void * data = file.data(*t);
+                    if (layers[il].is_host) {
+                        ggml_backend_tensor_alloc(buf_mapped.get(), *t, const_cast<void *>(data));
+                    } else {
                         ggml_tensor * copy = ggml_dup_tensor(ctx_for_buft(buft), *t);
                         ggml_set_name(copy, (*t)->name);
-                        placed.emplace_back(copy, file.data(*t));
+                        copies.emplace_back(copy, data);
                         *t = copy;
                     }
                 }
@@ -567,23 +570,20 @@ void llama_adapter_mem::load(const char * path) {
         }
     }
     for (auto & [buft, ctx] : ctx_map) {
-        const bool in_place = buft == buft_host;
-
-        ggml_backend_buffer_t buf = in_place ?
-            ggml_backend_cpu_buffer_from_ptr(mapping->addr(), mapping->size()) :
-            ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
+        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
         if (!buf) {
             refuse(format("out_of_memory: cannot allocate a buffer for the memory on %s", ggml_backend_buft_name(buft)));
         }
         bufs.emplace_back(buf);
-        ggml_backend_buffer_set_usage(buf, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     }
-    for (auto & [t, data] : placed) {
-        if (t->buffer) {
-            ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
-        } else {
-            ggml_backend_tensor_alloc(bufs[std::distance(ctx_map.begin(), ctx_map.find(buft_host))].get(), t, const_cast<void *>(data));
-        }
+    for (auto & [t, data] : copies) {
+        ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+    }
+    ctxs.push_back(std::move(file.meta));
+    bufs.push_back(std::move(buf_mapped));
+    mapping->unmap_fragment(0, gguf_get_data_offset(file.gguf.get()));
+    for (auto & buf : bufs) {
+        ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     }
 
     for (uint32_t il = 0; il < layers.size(); il++) {

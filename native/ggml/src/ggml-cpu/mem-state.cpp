@@ -85,17 +85,19 @@ struct mem_acc {
     }
 };
 
-// what one thread works with
+// what one thread works with, for up to n_tile queries
 struct mem_work {
-    float * q;     // [MEM_TILE_QUERIES][n_embd_k]
+    float * q;     // [n_tile][n_embd_k]
     float * k;     // [MEM_TILE_ROWS][n_embd_k]
     float * k_t;   // [n_embd_k][MEM_TILE_ROWS]
     float * v;     // [MEM_TILE_ROWS][n_embd_v]
-    float * s;     // [MEM_TILE_QUERIES][MEM_TILE_ROWS]
-    mem_acc acc;   // [MEM_TILE_QUERIES]
+    float * s;     // [n_tile][MEM_TILE_ROWS]
+    mem_acc acc;   // [n_tile]
 
-    static size_t size(int64_t n_embd_k, int64_t n_embd_v) {
-        return MEM_TILE_QUERIES*(n_embd_k + MEM_TILE_ROWS + n_embd_v + 2) + MEM_TILE_ROWS*(2*n_embd_k + n_embd_v) + 2*CACHE_LINE_SIZE/sizeof(float);
+    static int64_t n_tile(const mem_args & a) { return std::min(MEM_TILE_QUERIES, a.n_gqa*a.n_tokens); }
+
+    static size_t size(const mem_args & a) {
+        return n_tile(a)*(a.n_embd_k + MEM_TILE_ROWS + a.n_embd_v + 2) + MEM_TILE_ROWS*(2*a.n_embd_k + a.n_embd_v) + 2*CACHE_LINE_SIZE/sizeof(float);
     }
 
     // from the next cache line on: a vector that crosses lines costs two loads, and data may be anywhere
@@ -106,12 +108,13 @@ struct mem_work {
             data += n;
             return res;
         };
-        q   = take(MEM_TILE_QUERIES*a.n_embd_k);
+        const int64_t n = n_tile(a);
+        q   = take(n*a.n_embd_k);
         k   = take(MEM_TILE_ROWS*a.n_embd_k);
         k_t = take(MEM_TILE_ROWS*a.n_embd_k);
         v   = take(MEM_TILE_ROWS*a.n_embd_v);
-        s   = take(MEM_TILE_QUERIES*MEM_TILE_ROWS);
-        acc = { take(MEM_TILE_QUERIES), take(MEM_TILE_QUERIES), take(MEM_TILE_QUERIES*a.n_embd_v), a.n_embd_v };
+        s   = take(n*MEM_TILE_ROWS);
+        acc = { take(n), take(n), take(n*a.n_embd_v), a.n_embd_v };
     }
 
     // queries j0 .. j0 + n_q - 1 of a KV head, scaled
@@ -443,7 +446,7 @@ size_t ggml_mem_state_work_size(const ggml_tensor * dst, int n_tasks) {
     }
 
     const mem_args a(dst);
-    size_t n = n_tasks*mem_work::size(a.n_embd_k, a.n_embd_v);
+    size_t n = n_tasks*mem_work::size(a);
     if (mem_split(a)) {
         n += n_tasks*a.n_head*a.n_tokens*(a.n_embd_v + 2); // of states, or of candidates, which are smaller
     }
@@ -459,7 +462,7 @@ void ggml_compute_forward_mem_state(const ggml_compute_params * params, ggml_ten
     const mem_args a(dst);
 
     float * wdata = (float *) params->wdata;
-    const size_t size = mem_work::size(a.n_embd_k, a.n_embd_v);
+    const size_t size = mem_work::size(a);
     const mem_work work(a, wdata + params->ith*size);
 
     float * partials = wdata + params->nth*size;
