@@ -27,9 +27,13 @@ static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could ov
 //
 
 // FNV-1a, 64 bit
+static void mem_hash(uint64_t & hash, uint8_t x) {
+    hash = (hash ^ x)*0x100000001b3ull;
+}
+
 static void mem_hash(uint64_t & hash, const void * data, size_t size) {
     for (size_t i = 0; i < size; i++) {
-        hash = (hash ^ ((const uint8_t *) data)[i])*0x100000001b3ull;
+        mem_hash(hash, ((const uint8_t *) data)[i]);
     }
 }
 
@@ -58,9 +62,12 @@ static std::string mem_fingerprint_norms(const llama_model & model) {
 
 static std::string mem_fingerprint_vocab(const llama_model & model) {
     uint64_t hash = MEM_HASH_INIT;
-    for (llama_token id = 0; id < (llama_token) model.vocab.n_tokens(); id++) {
+    const llama_token n = model.vocab.n_tokens();
+    for (llama_token id = 0; id < n; id++) {
         const char * text = model.vocab.token_get_text(id);
-        mem_hash(hash, text, strlen(text) + 1);
+        do {
+            mem_hash(hash, *text); // the 0 at its end, too
+        } while (*text++);
     }
     return format("%016" PRIx64, hash);
 }
