@@ -96,7 +96,7 @@ def measure(name: str, model: Path, n_prefix: int, rounds: int, threads: int) ->
         row |= {"ms_spread": spread(decode[mode]), "ratio_to_none": ratio(decode[mode], decode["none"])}
         row |= {"prefill_tokens_per_s": N_PREFILL / statistics.median(prefill[mode]), "prefill_ratio": ratio(prefill[mode], prefill["none"])}
         if n_prefix <= COLD.get((name, mode), n_prefix):
-            cold = [cold_start(model, mode, path, threads, i) for i in range(1 if mode.startswith("full") else 2 * rounds)]
+            cold = [cold_start(model, mode, path, tokens, threads, i) for i in range(1 if mode.startswith("full") else 2 * rounds)]
             row |= {key: statistics.median(run[key] for run in cold) for key in cold[0]}
         row["file_bytes"] = path.stat().st_size if mode.startswith("memory") else 0
         rows.append(row)
@@ -113,9 +113,9 @@ def prefill_seconds(scorer: Scorer, tokens: list[int]) -> float:
     return time.perf_counter() - start
 
 
-def cold_start(model: Path, mode: str, memory: Path, threads: int, run: int) -> dict:
+def cold_start(model: Path, mode: str, memory: Path, tokens: list[int], threads: int, run: int) -> dict:
     """Each run has an environment of another size, because where a heap begins moves the peak of RSS by tenths of a MB."""
-    job = {"model": str(model), "mode": mode, "memory": str(memory), "threads": threads, "tokens": Memory.load(memory).prefix_tokens}
+    job = {"model": str(model), "mode": mode, "memory": str(memory), "threads": threads, "tokens": tokens}
     script = Path(__file__).with_name("cold_start.py")
     job["started"] = time.time()
     env = os.environ | {"BENCH_PAD": "x" * (700 * run)}
