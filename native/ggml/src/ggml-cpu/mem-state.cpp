@@ -88,16 +88,17 @@ struct mem_acc {
 // what one thread works with, for up to n_tile queries
 struct mem_work {
     float * q;     // [n_tile][n_embd_k]
-    float * k;     // [MEM_TILE_ROWS][n_embd_k]
-    float * k_t;   // [n_embd_k][MEM_TILE_ROWS]
-    float * v;     // [MEM_TILE_ROWS][n_embd_v]
+    float * k;     // [n_embd_k]
+    float * tile;  // [n_embd_k][MEM_TILE_ROWS] keys transposed, then [MEM_TILE_ROWS][n_embd_v] values
     float * s;     // [n_tile][MEM_TILE_ROWS]
     mem_acc acc;   // [n_tile]
 
     static int64_t n_tile(const mem_args & a) { return std::min(MEM_TILE_QUERIES, a.n_gqa*a.n_tokens); }
 
+    static int64_t n_embd(const mem_args & a) { return std::max(a.n_embd_k, a.n_embd_v); }
+
     static size_t size(const mem_args & a) {
-        return n_tile(a)*(a.n_embd_k + MEM_TILE_ROWS + a.n_embd_v + 2) + MEM_TILE_ROWS*(2*a.n_embd_k + a.n_embd_v) + 2*CACHE_LINE_SIZE/sizeof(float);
+        return n_tile(a)*(a.n_embd_k + MEM_TILE_ROWS + a.n_embd_v + 2) + a.n_embd_k + n_embd(a)*MEM_TILE_ROWS + 2*CACHE_LINE_SIZE/sizeof(float);
     }
 
     // from the next cache line on: a vector that crosses lines costs two loads, and data may be anywhere
@@ -109,12 +110,11 @@ struct mem_work {
             return res;
         };
         const int64_t n = n_tile(a);
-        q   = take(n*a.n_embd_k);
-        k   = take(MEM_TILE_ROWS*a.n_embd_k);
-        k_t = take(MEM_TILE_ROWS*a.n_embd_k);
-        v   = take(MEM_TILE_ROWS*a.n_embd_v);
-        s   = take(n*MEM_TILE_ROWS);
-        acc = { take(n), take(n), take(n*a.n_embd_v), a.n_embd_v };
+        tile = take(n_embd(a)*MEM_TILE_ROWS);
+        s    = take(n*MEM_TILE_ROWS);
+        q    = take(n*a.n_embd_k);
+        k    = take(a.n_embd_k);
+        acc  = { take(n), take(n), take(n*a.n_embd_v), a.n_embd_v };
     }
 
     // queries j0 .. j0 + n_q - 1 of a KV head, scaled
@@ -155,19 +155,19 @@ struct mem_work {
                 ggml_vec_acc_f32(n, s + j*MEM_TILE_ROWS, bias);
             }
         } else {
-            mem_to_f32(a.key, i0, n, k);
             if (n < MEM_TILE_ROWS) {
-                memset(k_t, 0, d*MEM_TILE_ROWS*sizeof(float));
+                memset(tile, 0, d*MEM_TILE_ROWS*sizeof(float));
             }
             for (int64_t i = 0; i < n; i++) {
+                mem_to_f32(a.key, i0 + i, 1, k);
                 for (int64_t c = 0; c < d; c++) {
-                    k_t[c*MEM_TILE_ROWS + i] = k[i*d + c];
+                    tile[c*MEM_TILE_ROWS + i] = k[c];
                 }
             }
             for (int64_t j = 0; j < n_q; j++) {
                 memcpy(s + j*MEM_TILE_ROWS, bias, n*sizeof(float));
             }
-            mem_gemm(s, q, k_t, n_q, d, MEM_TILE_ROWS);
+            mem_gemm(s, q, tile, n_q, d, MEM_TILE_ROWS);
         }
         for (int64_t j = 0; j < n_q; j++) {
             std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, -INFINITY);
@@ -195,13 +195,13 @@ struct mem_work {
                     });
                 });
             } else {
-                mem_to_f32(a.value, i0, n, v);
+                mem_to_f32(a.value, i0, n, tile);
                 // rows beyond the last have no weight
                 for (int64_t j = 0; j < n_q; j++) {
                     std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, 0.0f);
                 }
-                memset(v + n*d, 0, (MEM_TILE_ROWS - n)*d*sizeof(float));
-                mem_gemm(acc.o, s, v, n_q, MEM_TILE_ROWS, d);
+                memset(tile + n*d, 0, (MEM_TILE_ROWS - n)*d*sizeof(float));
+                mem_gemm(acc.o, s, tile, n_q, MEM_TILE_ROWS, d);
             }
         }
     }
@@ -237,8 +237,8 @@ void mem_take(const mem_args & a, int64_t h, int64_t j, const mem_candidate & be
     float       * out = a.result(dst, h, j);
 
     auto row = [&]() {
-        mem_to_f32(a.value, a.offset[h] + best.entry, 1, work.v);
-        return work.v;
+        mem_to_f32(a.value, a.offset[h] + best.entry, 1, work.tile);
+        return work.tile;
     };
     auto lse = [&]() { return ((const float *) a.lse->data)[a.offset[h] + best.entry]; };
 
@@ -274,8 +274,8 @@ void mem_take_top(const mem_args & a, int64_t i0, int64_t i1, const mem_work & w
         }
         work.acc.clear(1);
         for (size_t k = 0; k < std::min<size_t>(a.top_k, search.found.size()); k++) {
-            mem_to_f32(a.value, a.offset[h] + search.found[k].entry, 1, work.v);
-            work.acc.add(0, search.found[k].score, 1.0f, work.v);
+            mem_to_f32(a.value, a.offset[h] + search.found[k].entry, 1, work.tile);
+            work.acc.add(0, search.found[k].score, 1.0f, work.tile);
         }
         work.acc.finish(0, a.gain, mem_state_in(a, h, j), a.result(dst, h, j));
     }
