@@ -128,7 +128,8 @@ class MemoryLlama(llama_cpp.Llama):
 
     def _forget(self) -> None:
         """Live keys and values depend on the memories from the second layer on: none of them may be used again."""
-        self._ctx.kv_cache_clear()
+        if self._ctx.memory is not None:
+            llama_cpp.llama_memory_clear(self._ctx.memory, False)  # kv_cache_clear would write zeros to all of the cache
         self.reset()
 
     # the prefix is never fed twice

@@ -96,7 +96,7 @@ def measure(name: str, model: Path, n_prefix: int, rounds: int, threads: int) ->
         row |= {"ms_spread": spread(decode[mode]), "ratio_to_none": ratio(decode[mode], decode["none"])}
         row |= {"prefill_tokens_per_s": N_PREFILL / statistics.median(prefill[mode]), "prefill_ratio": ratio(prefill[mode], prefill["none"])}
         if n_prefix <= COLD.get((name, mode), n_prefix):
-            cold = [cold_start(model, mode, path, tokens, threads, i) for i in range(1 if mode.startswith("full") else 2 * rounds)]
+            cold = [cold_start(model, mode, path, tokens, threads, i) for i in range(1 if mode.startswith("full") else 4 * rounds)]
             row |= {key: statistics.median(run[key] for run in cold) for key in cold[0]}
         row["file_bytes"] = path.stat().st_size if mode.startswith("memory") else 0
         rows.append(row)
@@ -135,9 +135,12 @@ def spread(x: list[float]) -> float:
 
 def table(rows: list[dict]) -> Table:
     found = Table(title="memories against no prefix and the full prefix")
-    for title in ("model", "prefix", "mode", "ms per token", "to none", "prefill tok/s", "time to none", "first token, s", "load, ms", "peak RSS, MB", "file, MB"):
+    for title in ("model", "prefix", "mode", "ms per token", "to none", "prefill tok/s", "time to none", "first token, s", "load, ms", "attach, ms", "peak RSS, MB", "file, MB"):
         found.add_column(title, justify="left" if title in ("model", "mode") else "right")
     for row in rows:
+        cold = [""] * 4
+        if "first_token_s" in row:
+            cold = [f"{row['first_token_s']:.2f}", f"{row['load_ms']:.1f}", f"{row['attach_ms']:.1f}", f"{row['peak_rss_bytes'] / 1e6:.1f}"]
         found.add_row(
             row["model"],
             str(row["prefix_tokens"]),
@@ -146,7 +149,7 @@ def table(rows: list[dict]) -> Table:
             f"{row['ratio_to_none']:.2f}",
             f"{row['prefill_tokens_per_s']:.0f}",
             f"{row['prefill_ratio']:.2f}",
-            *((f"{row['first_token_s']:.2f}", f"{row['load_ms']:.1f}", f"{row['peak_rss_bytes'] / 1e6:.1f}") if "first_token_s" in row else ("",) * 3),
+            *cold,
             f"{row['file_bytes'] / 1e6:.1f}",
         )
     return found
