@@ -14,7 +14,7 @@ import numpy as np
 from .errors import Invalid, NotAMemory, Truncated, Unreadable, WrongVersion
 from .prefix import parse_messages
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ALIGNMENT = 64  # of tensors: a cache line
 ADAPTER_TYPE = "attention_state_memory"
 MAX_BLOCKS = 4096
@@ -362,7 +362,7 @@ class _Parser:
         if what != ("adapter", ADAPTER_TYPE):
             raise NotAMemory("the GGUF file is not an attention-state memory")
         if (version := self.value("attnmem.version", int)) != FORMAT_VERSION:
-            raise WrongVersion(f"the memory has format version {version}, this build reads version {FORMAT_VERSION}")
+            raise WrongVersion(f"the memory has format version {version}, this build reads version {FORMAT_VERSION}; build it again")
         spec = ModelSpec(**{name: self.value(key, ModelSpec.__annotations__[name]) for name, key in _MODEL_KEYS.items()})
         tokens = self.value("attnmem.prefix.tokens", list)
         n_segments = self.value("attnmem.segment.count", int)

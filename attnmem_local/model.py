@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 import transformers
 
@@ -15,6 +16,7 @@ from .tokenizer import GgufTokenizer, Tokenizer
 
 # model_type of transformers -> architecture of GGUF, and whether GGUF stores Q and K with interleaved RoPE pairs
 _ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
+_FNV_BASIS = 0xCBF29CE484222325
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -95,23 +97,27 @@ def _module(folder: Path, device: str, **options) -> transformers.PreTrainedMode
     return module
 
 
-def fnv1a(data: bytes, value: int = 0xCBF29CE484222325) -> int:
-    """FNV-1a, 64 bit."""
-    for byte in data:
-        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+def fnv1a(data: bytes, value: int) -> int:
+    """FNV-1a, 64 bit, over little-endian words of 8 bytes, the last one filled up with zeros, and the number of bytes."""
+    words = np.frombuffer(data + bytes(-len(data) % 8), dtype="<u8").tolist()
+    for word in [*words, len(data)]:
+        value = (value ^ word) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
     return value
 
 
 def fingerprint_norms(tensors: dict) -> str:
     """Hash of the norm tensors, which every quantization keeps in float32: GGUF name -> float32 array."""
-    value = fnv1a(b"")
+    value = _FNV_BASIS
     for name in sorted(tensors):
         value = fnv1a(tensors[name].tobytes(), fnv1a(name.encode(), value))
     return f"{value:016x}"
 
 
 def fingerprint_vocab(tokens: list[str]) -> str:
-    return f"{fnv1a(b''.join((t or f'[EMPTY_{i}]').encode() + bytes(1) for i, t in enumerate(tokens))):016x}"
+    value = _FNV_BASIS
+    for i, text in enumerate(tokens):
+        value = fnv1a((text or f"[EMPTY_{i}]").encode(), value)
+    return f"{value:016x}"
 
 
 class _TransformersTokenizer:

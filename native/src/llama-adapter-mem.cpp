@@ -17,7 +17,11 @@
 #include <map>
 #include <stdexcept>
 
-static constexpr uint32_t MEM_FORMAT_VERSION = 1;
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+static constexpr uint32_t MEM_FORMAT_VERSION = 2;
 static constexpr uint32_t MEM_MAX_SEGMENTS   = 256;
 static constexpr uint32_t MEM_MAX_TOP_K      = 1024;
 static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could overflow in a product
@@ -26,18 +30,35 @@ static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could ov
 // fingerprint of a model that survives quantization
 //
 
-// FNV-1a, 64 bit
-static void mem_hash(uint64_t & hash, uint8_t x) {
+static constexpr uint64_t MEM_HASH_INIT = 0xcbf29ce484222325ull;
+
+// FNV-1a over words of 64 bits, of which a vocabulary has an eighth as many as it has bytes
+static void mem_hash(uint64_t & hash, uint64_t x) {
     hash = (hash ^ x)*0x100000001b3ull;
 }
 
-static void mem_hash(uint64_t & hash, const void * data, size_t size) {
-    for (size_t i = 0; i < size; i++) {
-        mem_hash(hash, ((const uint8_t *) data)[i]);
-    }
+template <typename T>
+static uint64_t mem_load(const uint8_t * data) {
+    T x;
+    memcpy(&x, data, sizeof(x));
+    return x;
 }
 
-static constexpr uint64_t MEM_HASH_INIT = 0xcbf29ce484222325ull;
+// the bytes, filled up with zeros to whole words, then how many there were
+static void mem_hash(uint64_t & hash, const void * data, size_t size) {
+    const uint8_t * p = (const uint8_t *) data;
+    size_t n = size;
+    for (; n >= 8; n -= 8, p += 8) {
+        mem_hash(hash, mem_load<uint64_t>(p));
+    }
+    // without a loop: its end could not be predicted
+    if (n >= 4) {
+        mem_hash(hash, mem_load<uint32_t>(p) | mem_load<uint32_t>(p + n - 4) << 8*(n - 4));
+    } else if (n > 0) {
+        mem_hash(hash, p[0] | (uint64_t) p[n/2] << 8*(n/2) | (uint64_t) p[n - 1] << 8*(n - 1));
+    }
+    mem_hash(hash, size);
+}
 
 // the norm tensors, which every quantization keeps in F32, by name
 static std::string mem_fingerprint_norms(const llama_model & model) {
@@ -64,10 +85,8 @@ static std::string mem_fingerprint_vocab(const llama_model & model) {
     uint64_t hash = MEM_HASH_INIT;
     const llama_token n = model.vocab.n_tokens();
     for (llama_token id = 0; id < n; id++) {
-        const char * text = model.vocab.token_get_text(id);
-        do {
-            mem_hash(hash, *text); // the 0 at its end, too
-        } while (*text++);
+        const std::string & text = model.vocab.get_token_data(id).text;
+        mem_hash(hash, text.data(), text.size());
     }
     return format("%016" PRIx64, hash);
 }
@@ -205,7 +224,7 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
     }
     const uint32_t version = file.u32("attnmem.version");
     if (version != MEM_FORMAT_VERSION) {
-        refuse(format("version: the memory has format version %u, this build reads version %u", version, MEM_FORMAT_VERSION));
+        refuse(format("version: the memory has format version %u, this build reads version %u; build it again", version, MEM_FORMAT_VERSION));
     }
 
     // what this model is
@@ -679,5 +698,8 @@ int32_t llama_set_adapters_mem(
         mem_set_error(err, err_size, e.what());
         return -1;
     }
+#ifdef __GLIBC__
+    malloc_trim(0); // the file's header and the buffers of smaller graphs leave holes in the heap
+#endif
     return 0;
 }
