@@ -7,7 +7,8 @@ default model, in each of its layers, as the keys and values of the prefix are i
 from the callback that the runtime has for that. An op by itself has to start the threads, too, which in a graph it has not:
 us_op is what that costs, the time of an op with next to nothing to do, and times_faster_net is the ratio without it. With a
 memory: the state and flash attention over 64 to 88 live tokens. Without: flash attention over those and the prefix. The
-prefill of 16,384 tokens takes some minutes. Written with date to results/.
+prefill of 16,384 tokens takes some minutes. Written to results/, with its date and the
+instructions that the runtime was compiled for.
 """
 
 import ctypes
@@ -25,7 +26,7 @@ from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.evaluate import Scorer
 from lookup import captured, write_memory
 from prefixes import BOOK, DATA, builder
-from scoring import record, report
+from scoring import instructions, record, report
 
 LIVE, N_DECODE = 64, 24
 
@@ -82,7 +83,7 @@ def main(sizes: tuple[int, ...], layer: int, threads: int, as_json: bool) -> Non
             }
         )
     about = {"date": date.today().isoformat(), "layer": layer, "threads": threads}
-    record("attention-cpu", {**about, "rows": rows})
+    record(f"attention-{instructions()}", {**about, "rows": rows})
     report(rows, as_json, **about)
 
 

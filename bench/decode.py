@@ -7,7 +7,8 @@ default build makes them, filled with random numbers (shapes.py). Modes take tur
 median over these turns. All run with flash attention. The full prefix is in the KV cache without a prefill (filled_cache.py).
 Cold start: a process of its own, from its start to the first token after 16 live ones; peak RSS is that process's. With the
 full prefix that includes its prefill, so it is run as far as that takes no more than a minute or two.
-A run over all lengths is written with date to results/ as it goes, with a plot of ms per token at the end.
+A run over all lengths is written to results/ as it goes, with its date and the instructions that the runtime was compiled for,
+and with a plot of ms per token at the end.
 """
 
 import json
@@ -30,7 +31,7 @@ from attnmem_local.memory import Memory
 from cold_start import options
 from filled_cache import fill
 from prefixes import BUILD
-from scoring import record
+from scoring import instructions, record
 from shapes import LLAMA_1B, default_memory, write_llama
 
 MODELS = {"default": (DEFAULT_MODEL, (512, 2048, 4096, 7600)), "1b": (BUILD / "llama-1b.gguf", (2048, 8192, 32768))}
@@ -57,7 +58,7 @@ def main(models: tuple[str, ...], lengths: tuple[int, ...], rounds: int, threads
             result = {"date": date.today().isoformat(), "threads": threads, "rows": rows}
             console.print(table([row for row in rows if (row["model"], row["prefix_tokens"]) == (name, n)]))
             if not lengths:
-                recorded = record(f"decode-cpu-{'-'.join(models)}", result)
+                recorded = record(f"decode-{instructions()}-{'-'.join(models)}", result)
     if not lengths:
         plot(rows, recorded.with_suffix(".png"))
     if as_json:

@@ -7,8 +7,8 @@ the queries that look them up are of other text. Recall@1: how often a search fi
 Comparisons of HNSW: rows of the table that are scored for one query, counted in a walk of the same graph in Python, which also
 has to find what the runtime finds; and the same with one number of candidates (ef) for all sizes. µs per query: one thread,
 one token at a time (and with it the cost of a call), and in batches of 64 tokens, where the scan is a matrix product. Load:
-the file, with its lists and its graph, mapped and checked. A run is written with date to results/, with a plot. The captured
-queries are kept in build/.
+the file, with its lists and its graph, mapped and checked. A run is written to results/ with a plot, its date and the
+instructions that the runtime was compiled for. The captured queries are kept in build/.
 """
 
 import heapq
@@ -29,7 +29,7 @@ from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.memory import Entries, LayerMemory, Memory, quantize_rows, rows
 from attnmem_local.runtime import MemoryLlama
 from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
-from scoring import record, report
+from scoring import instructions, record, report
 from shapes import n_probe
 
 SIZES = (256, 1024, 2048, 4096, 16384, 65536)
@@ -66,7 +66,7 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
             )
         measured.append(row)
     about = {"date": date.today().isoformat(), "layer": layer}
-    plot(measured, record("lookup-cpu", {**about, "rows": measured}).with_suffix(".png"))
+    plot(measured, record(f"lookup-{instructions()}", {**about, "rows": measured}).with_suffix(".png"))
     report(measured, as_json, **about)
 
 

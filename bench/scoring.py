@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import gguf
+import llama_cpp
 import numpy as np
 
 from attnmem_local.cli.common import DEFAULT_MODEL
@@ -63,6 +64,12 @@ def record(name: str, result: dict) -> Path:
     path = RESULTS / f"{result['date']}-{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def instructions() -> str:
+    """The widest vector instructions that the runtime was compiled for: times depend on them."""
+    info = llama_cpp.llama_print_system_info().decode()
+    return next((name.lower() for name in ("AVX512", "AVX2", "NEON") if f"{name} = 1" in info), "scalar")
 
 
 def report(rows: list[dict], as_json: bool, **about) -> None:

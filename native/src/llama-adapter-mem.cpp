@@ -32,7 +32,7 @@ static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could ov
 
 static constexpr uint64_t MEM_HASH_INIT = 0xcbf29ce484222325ull;
 
-// FNV-1a over words of 64 bits, of which a vocabulary has an eighth as many as it has bytes
+// FNV-1a, 64 bit, over words of 8 bytes: byte by byte, a vocabulary would take as long as the rest of a load
 static void mem_hash(uint64_t & hash, uint64_t x) {
     hash = (hash ^ x)*0x100000001b3ull;
 }
@@ -178,21 +178,21 @@ mem_file mem_open(const char * path, std::unique_ptr<llama_mmap> & mapping) {
         refuse(format("not_a_memory: '%s' is not a GGUF file", path));
     }
 
+    if (!llama_mmap::SUPPORTED) {
+        refuse("unsupported: this platform cannot map files into memory");
+    }
+    llama_file f(fp);
+    mapping = std::make_unique<llama_mmap>(&f, 0); // no prefetch: the checks read all of it anyway, in order
+
     mem_file file;
+    file.mapping = mapping.get();
 
     ggml_context * meta = nullptr;
-    file.gguf.reset(gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
+    file.gguf.reset(gguf_init_from_buffer(mapping->addr(), mapping->size(), { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
     file.meta.reset(meta);
     if (!file.gguf) {
         refuse(format("truncated: the header of '%s' is incomplete or damaged; build or copy the memory again", path));
     }
-
-    if (!llama_mmap::SUPPORTED) {
-        refuse("unsupported: this platform cannot map files into memory");
-    }
-    llama_file f(path, "rb");
-    mapping = std::make_unique<llama_mmap>(&f);
-    file.mapping = mapping.get();
 
     const size_t offset = gguf_get_data_offset(file.gguf.get());
     for (int64_t i = 0; i < gguf_get_n_tensors(file.gguf.get()); i++) {
