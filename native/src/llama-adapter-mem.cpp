@@ -300,9 +300,11 @@ void mem_check_finite(const mem_file & file, const ggml_tensor * t, bool allow_m
     } else {
         // the F16 scale that each block of Q8_0 begins with
         const char * x = (const char *) file.data(t);
-        for (int64_t i = 0; i < n/ggml_blck_size(t->type); i++) {
+        const int64_t n_block = n/ggml_blck_size(t->type);
+        const size_t  size    = ggml_type_size(t->type);
+        for (int64_t i = 0; i < n_block; i++) {
             uint16_t bits;
-            memcpy(&bits, x + i*ggml_type_size(t->type), sizeof(bits));
+            memcpy(&bits, x + i*size, sizeof(bits));
             bad |= (bits & 0x7c00) == 0x7c00;
         }
     }
