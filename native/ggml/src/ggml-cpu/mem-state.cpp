@@ -22,6 +22,9 @@ namespace {
 
 constexpr int64_t MEM_TILE_QUERIES = 128;
 
+// so many rows are transposed at a time
+constexpr int64_t MEM_TURN_ROWS = 16;
+
 // with fewer queries than this, a dot product per row and query beats a matrix product with the transposed rows
 constexpr int64_t MEM_GEMM_MIN_QUERIES = 8;
 
@@ -88,7 +91,7 @@ struct mem_acc {
 // what one thread works with, for up to n_tile queries
 struct mem_work {
     float * q;     // [n_tile][n_embd_k]
-    float * k;     // [n_embd_k]
+    float * k;     // [MEM_TURN_ROWS][n_embd_k]
     float * tile;  // [n_embd_k][MEM_TILE_ROWS] keys transposed, then [MEM_TILE_ROWS][n_embd_v] values
     float * s;     // [n_tile][MEM_TILE_ROWS]
     mem_acc acc;   // [n_tile]
@@ -98,7 +101,7 @@ struct mem_work {
     static int64_t n_embd(const mem_args & a) { return std::max(a.n_embd_k, a.n_embd_v); }
 
     static size_t size(const mem_args & a) {
-        return n_tile(a)*(a.n_embd_k + MEM_TILE_ROWS + a.n_embd_v + 2) + a.n_embd_k + n_embd(a)*MEM_TILE_ROWS + 2*CACHE_LINE_SIZE/sizeof(float);
+        return n_tile(a)*(a.n_embd_k + MEM_TILE_ROWS + a.n_embd_v + 2) + MEM_TURN_ROWS*a.n_embd_k + n_embd(a)*MEM_TILE_ROWS + 2*CACHE_LINE_SIZE/sizeof(float);
     }
 
     // from the next cache line on: a vector that crosses lines costs two loads, and data may be anywhere
@@ -113,7 +116,7 @@ struct mem_work {
         tile = take(n_embd(a)*MEM_TILE_ROWS);
         s    = take(n*MEM_TILE_ROWS);
         q    = take(n*a.n_embd_k);
-        k    = take(a.n_embd_k);
+        k    = take(MEM_TURN_ROWS*a.n_embd_k);
         acc  = { take(n), take(n), take(n*a.n_embd_v), a.n_embd_v };
     }
 
@@ -158,10 +161,13 @@ struct mem_work {
             if (n < MEM_TILE_ROWS) {
                 memset(tile, 0, d*MEM_TILE_ROWS*sizeof(float));
             }
-            for (int64_t i = 0; i < n; i++) {
-                mem_to_f32(a.key, i0 + i, 1, k);
+            for (int64_t i = 0; i < n; i += MEM_TURN_ROWS) {
+                const int64_t m = std::min(MEM_TURN_ROWS, n - i);
+                mem_to_f32(a.key, i0 + i, m, k);
                 for (int64_t c = 0; c < d; c++) {
-                    tile[c*MEM_TILE_ROWS + i] = k[c];
+                    for (int64_t r = 0; r < m; r++) {
+                        tile[c*MEM_TILE_ROWS + i + r] = k[r*d + c];
+                    }
                 }
             }
             for (int64_t j = 0; j < n_q; j++) {
