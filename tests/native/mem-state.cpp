@@ -100,6 +100,15 @@ static void fill(ggml_tensor * t, float scale) {
     }
     std::vector<uint8_t> data(ggml_nbytes(t));
     ggml_quantize_chunk(t->type, x.data(), data.data(), 0, ggml_nrows(t), t->ne[0], nullptr);
+    if (t->type == GGML_TYPE_Q8_0) {
+        // a scale, F16 before 32 bytes, may be negative
+        for (size_t i = 0; i < data.size(); i += 3*34) {
+            data[i + 1] ^= 0x80;
+            for (size_t l = i + 2; l < i + 34; l++) {
+                data[l] = -data[l];
+            }
+        }
+    }
     set(t, data);
 }
 

@@ -212,7 +212,7 @@ static inline void mem_sum_rows(const __m512 * x, float * sum, int64_t stride) {
     }
 }
 
-// sum[j*stride + r] = k[r]*q[j] for 4 rows and NQ queries, 4 at most, of a size that is a multiple of 32
+// sum[j*stride + r] = k[r]*q[j] for 4 rows without scales and NQ queries, 4 at most, of a size that is a multiple of 32
 template <typename T, int NQ>
 static inline void mem_dot_rows(int64_t d, const char * k, size_t row_size, const float * q, float * sum, int64_t stride) {
     __m512 acc[4*NQ];
@@ -222,13 +222,8 @@ static inline void mem_dot_rows(int64_t d, const char * k, size_t row_size, cons
     for (int64_t c = 0; c < d; c += 32) {
         for (int r = 0; r < 4; r++) {
             const auto * x = T::at(k + r*row_size, c);
-            __m512 y0 = T::load(x, 0);
-            __m512 y1 = T::load(x, 16);
-            if (T::scaled) {
-                const __m512 scale = _mm512_set1_ps(T::scale(k + r*row_size, c));
-                y0 = _mm512_mul_ps(y0, scale);
-                y1 = _mm512_mul_ps(y1, scale);
-            }
+            const __m512 y0 = T::load(x, 0);
+            const __m512 y1 = T::load(x, 16);
             for (int j = 0; j < NQ; j++) {
                 acc[4*j + r] = _mm512_fmadd_ps(y0, _mm512_loadu_ps(q + j*d + c), acc[4*j + r]);
                 acc[4*j + r] = _mm512_fmadd_ps(y1, _mm512_loadu_ps(q + j*d + c + 16), acc[4*j + r]);

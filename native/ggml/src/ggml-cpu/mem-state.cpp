@@ -8,6 +8,7 @@
 #include "mem-args.h"
 #include "mem-rows.h"
 #include "mem-search.h"
+#include "mem-vnni.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
@@ -120,6 +121,14 @@ struct mem_work {
         acc  = { take(n), take(n), take(n*a.n_embd_v), a.n_embd_v };
     }
 
+#if defined(MEM_VNNI)
+    // in place of k, which few queries do not need
+    mem_query_block * q_bytes() const {
+        static_assert(MEM_GEMM_MIN_QUERIES*sizeof(mem_query_block) <= MEM_TURN_ROWS*QK8_0*sizeof(float), "no room");
+        return (mem_query_block *) k;
+    }
+#endif
+
     // queries j0 .. j0 + n_q - 1 of a KV head, scaled
     void load(const mem_args & a, int64_t h, int64_t j0, int64_t n_q) const {
         for (int64_t j = 0; j < n_q; j++) {
@@ -128,6 +137,67 @@ struct mem_work {
                 q[j*a.n_embd_k + c] = a.scale*from[c];
             }
         }
+#if defined(MEM_VNNI)
+        if (n_q < MEM_GEMM_MIN_QUERIES && a.key->type == GGML_TYPE_Q8_0) {
+            for (int64_t i = 0; i < n_q*a.n_embd_k; i += QK8_0) {
+                q_bytes()[i/QK8_0].set([&](int64_t c) { return _mm512_loadu_ps(q + i + c); });
+            }
+        }
+#endif
+    }
+
+    // key*q of n rows from i0 on, for few loaded queries, to s
+    void dot(const ggml_tensor * key, int64_t i0, int64_t n, int64_t n_q) const {
+        const int64_t d = key->ne[0];
+        const char * rows = (const char *) key->data + i0*key->nb[1];
+#if defined(MEM_VNNI)
+        if (key->type == GGML_TYPE_Q8_0) {
+            mem_by_four(n_q, [&](auto nq, int64_t j) {
+                mem_dot_vnni<nq>(n, d, rows, key->nb[1], q_bytes() + j*d/QK8_0, s + j*MEM_TILE_ROWS);
+            });
+            return;
+        }
+#endif
+        mem_by_type(key, [&](auto type) {
+            using row_type = decltype(type);
+            mem_by_four(n_q, [&](auto nq, int64_t j) {
+                int64_t i = 0;
+#if defined(__AVX512F__)
+                if constexpr (!row_type::scaled) {
+                    for (; i + 4 <= n && d % 32 == 0; i += 4) {
+                        mem_dot_rows<row_type, nq>(d, rows + i*key->nb[1], key->nb[1], q + j*d, s + j*MEM_TILE_ROWS + i, MEM_TILE_ROWS);
+                    }
+                }
+#endif
+                for (; i < n; i++) {
+                    const char * row = rows + i*key->nb[1];
+                    float sum[nq];
+                    mem_dot<row_type, 1, nq>(d, &row, q + j*d, sum);
+                    for (int l = 0; l < nq; l++) {
+                        s[(j + l)*MEM_TILE_ROWS + i] = sum[l];
+                    }
+                }
+            });
+        });
+    }
+
+    // o += s*value of n rows from i0 on, for few queries
+    void weigh(const ggml_tensor * value, int64_t i0, int64_t n, int64_t n_q) const {
+        const int64_t d = value->ne[0];
+        const char * rows = (const char *) value->data + i0*value->nb[1];
+#if defined(MEM_VNNI)
+        if (value->type == GGML_TYPE_Q8_0) {
+            mem_by_four(n_q, [&](auto nq, int64_t j) {
+                mem_weigh_vnni<nq>(n, d, s + j*MEM_TILE_ROWS, rows, value->nb[1], acc.o + j*d);
+            });
+            return;
+        }
+#endif
+        mem_by_type(value, [&](auto type) {
+            mem_by_four(n_q, [&](auto nq, int64_t j) {
+                mem_weigh<decltype(type), nq>(n, d, s + j*MEM_TILE_ROWS, MEM_TILE_ROWS, rows, value->nb[1], acc.o + j*d);
+            });
+        });
     }
 
     // key*q + bias of n rows from i0 on, for n_q loaded queries, to s; -INFINITY fills up the tile
@@ -135,25 +205,7 @@ struct mem_work {
         const int64_t d    = a.n_embd_k;
         const float * bias = (const float *) a.bias->data + i0;
         if (n_q < MEM_GEMM_MIN_QUERIES) {
-            mem_by_type(a.key, [&](auto type) {
-                mem_by_four(n_q, [&](auto nq, int64_t j) {
-                    int64_t i = 0;
-#if defined(__AVX512F__)
-                    for (; i + 4 <= n && d % 32 == 0; i += 4) {
-                        const char * rows = (const char *) a.key->data + (i0 + i)*a.key->nb[1];
-                        mem_dot_rows<decltype(type), nq>(d, rows, a.key->nb[1], q + j*d, s + j*MEM_TILE_ROWS + i, MEM_TILE_ROWS);
-                    }
-#endif
-                    for (; i < n; i++) {
-                        const char * row = (const char *) a.key->data + (i0 + i)*a.key->nb[1];
-                        float sum[nq];
-                        mem_dot<decltype(type), 1, nq>(d, &row, q + j*d, sum);
-                        for (int l = 0; l < nq; l++) {
-                            s[(j + l)*MEM_TILE_ROWS + i] = sum[l];
-                        }
-                    }
-                });
-            });
+            dot(a.key, i0, n, n_q);
             for (int64_t j = 0; j < n_q; j++) {
                 ggml_vec_acc_f32(n, s + j*MEM_TILE_ROWS, bias);
             }
@@ -190,22 +242,13 @@ struct mem_work {
 
             for (int64_t j = 0; j < n_q; j++) {
                 float * row = s + j*MEM_TILE_ROWS;
-                acc.sum[j] += ggml_vec_soft_max_f32(n, row, row, acc.raise(j, mem_tile_max(row)));
+                acc.sum[j] += ggml_vec_soft_max_f32(MEM_TILE_ROWS, row, row, acc.raise(j, mem_tile_max(row))); // 0 behind n
             }
 
             if (n_q < MEM_GEMM_MIN_QUERIES) {
-                const char * rows = (const char *) a.value->data + i0*a.value->nb[1];
-                mem_by_type(a.value, [&](auto type) {
-                    mem_by_four(n_q, [&](auto nq, int64_t j) {
-                        mem_weigh<decltype(type), nq>(n, d, s + j*MEM_TILE_ROWS, MEM_TILE_ROWS, rows, a.value->nb[1], acc.o + j*d);
-                    });
-                });
+                weigh(a.value, i0, n, n_q);
             } else {
                 mem_to_f32(a.value, i0, n, tile);
-                // rows beyond the last have no weight
-                for (int64_t j = 0; j < n_q; j++) {
-                    std::fill(s + j*MEM_TILE_ROWS + n, s + (j + 1)*MEM_TILE_ROWS, 0.0f);
-                }
                 memset(tile + n*d, 0, (MEM_TILE_ROWS - n)*d*sizeof(float));
                 mem_gemm(acc.o, s, tile, n_q, MEM_TILE_ROWS, d);
             }
