@@ -422,8 +422,18 @@ static float mem_bound_of_best(const float * x, int64_t n, int64_t k) {
     }
     float max[LANES];
     mem_max_lanes<LANES>(x, n, max);
-    std::nth_element(max, max + k - 1, max + LANES, std::greater<float>());
-    return max[k - 1];
+
+    int n_above[LANES] = {}; // vectorized, which a selection is not
+    for (int i = 0; i < LANES; i++) {
+        for (int l = 0; l < LANES; l++) {
+            n_above[l] += max[i] >= max[l];
+        }
+    }
+    float bound = -INFINITY;
+    for (int l = 0; l < LANES; l++) {
+        bound = n_above[l] >= k ? std::max(bound, max[l]) : bound;
+    }
+    return bound;
 }
 
 // n rows of a table from i0 on

@@ -158,13 +158,19 @@ struct mem_search {
         if (found.empty()) {
             found.emplace_back(); // the query has numbers that are not finite, or too large for 8 bits
         }
-        if (a->key->type != GGML_TYPE_Q8_0) {
-            return; // it is by that already
+        if (a->key->type == GGML_TYPE_Q8_0) { // or it is by that already
+            score_rows(a->key, bias, found.size(), false,
+                [&](int64_t i) { return a->offset[h] + found[i].entry; },
+                [&](int64_t i, float x) { found[i].score = x >= -INFINITY ? x : -INFINITY; }); // no NaN, which cannot be sorted
+            std::sort(found.begin(), found.end(), [](const mem_candidate & x, const mem_candidate & y) { return x.score > y.score; });
         }
-        score_rows(a->key, bias, found.size(), false,
-            [&](int64_t i) { return a->offset[h] + found[i].entry; },
-            [&](int64_t i, float x) { found[i].score = x >= -INFINITY ? x : -INFINITY; }); // no NaN, which cannot be sorted
-        std::sort(found.begin(), found.end(), [](const mem_candidate & x, const mem_candidate & y) { return x.score > y.score; });
+        for (size_t i = 0; i < std::min<size_t>(a->top_k, found.size()); i++) {
+            const int64_t at = a->offset[h] + found[i].entry; // is taken next
+            mem_prefetch((const char *) a->value->data + at*a->value->nb[1], a->value->nb[1]);
+            if (a->lse) {
+                mem_prefetch((const float *) a->lse->data + at, sizeof(float));
+            }
+        }
     }
 
     // the n_probe lists with the largest scores
@@ -192,6 +198,13 @@ struct mem_search {
         }
         if (n_best > 0) {
             std::iter_swap(lists.begin(), std::min_element(lists.begin(), lists.end(), better)); // the best one first
+        }
+        for (int32_t l : lists) {
+            for (mem_span m : { list_rows(l), list_bias(l) }) {
+                // so that the pages are known by the time that all of it is fetched
+                mem_prefetch<MEM_CACHE_L2>(m.data, 1);
+                mem_prefetch<MEM_CACHE_L2>(m.data + m.size - 1, 1);
+            }
         }
     }
 
@@ -330,12 +343,6 @@ struct mem_searches {
         // all of them step by step, so that the rows that one asks for arrive while others score theirs
         each([](mem_search & s) { s.round_query(); });
         if (a.list) {
-            for (int64_t h = i0/n_q; h <= (i1 - 1)/n_q; h++) {
-                const int64_t l = a.list_offset[h];
-                const int64_t n = a.use_search(h) ? a.list_offset[h + 1] - l : 0;
-                mem_prefetch<MEM_CACHE_L2>((const char *) a.list_key->data + l*a.list_key->nb[1], n*a.list_key->nb[1]);
-                mem_prefetch<MEM_CACHE_L2>(a.list_bias + l, n*sizeof(float));
-            }
             each([](mem_search & s) { s.find_lists(); });
             scan_lists(each);
         } else {
