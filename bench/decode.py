@@ -3,8 +3,9 @@
     .venv/bin/python bench/decode.py [--model default] [--prefix-tokens 2048] [--rounds 3] [--threads 2] [--json]
 
 For the default model, and for random weights with the shape of Llama-3.2-1B in Q4_0. The memories are as large as the
-default build makes them, filled with random numbers (shapes.py). Modes take turns token by token, and a ratio is the
-median over these turns. All run with flash attention. The full prefix is in the KV cache without a prefill (filled_cache.py).
+default build makes them, filled with random numbers (shapes.py). Modes take turns token by token, in an order that changes,
+because the full prefix leaves less in the caches to the next one; a ratio is the median over these turns. All run with flash
+attention. The full prefix is in the KV cache without a prefill (filled_cache.py).
 Cold start: a process of its own, from its start to the first token after 16 live ones; peak RSS is that process's. With the
 full prefix that includes its prefill, so it is run as far as that takes no more than a minute or two.
 A run over all lengths is written to results/ as it goes, with its date and the instructions that the runtime was compiled for,
@@ -13,6 +14,7 @@ and with a plot of ms per token at the end.
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -79,14 +81,15 @@ def measure(name: str, model: Path, n_prefix: int, rounds: int, threads: int) ->
             fill(scorers[mode], n_prefix)
     decode: dict[str, list[float]] = {mode: [] for mode in MODES}
     prefill: dict[str, list[float]] = {mode: [] for mode in MODES}
+    order = random.Random(0)
     for round_ in range(rounds):
         steps = {mode: scorer.decode(live, N_DECODE + 1) for mode, scorer in scorers.items()}
         for i in range(N_DECODE + 1):
-            for mode in MODES:
+            for mode in order.sample(MODES, len(MODES)):
                 _, seconds = next(steps[mode])
                 if i > 0:  # the first includes the live text
                     decode[mode].append(1000 * seconds)
-        for mode in MODES:
+        for mode in order.sample(MODES, len(MODES)):
             if round_ == 0 or not mode.startswith("full"):  # which take minutes
                 prefill[mode].append(prefill_seconds(scorers[mode], (tokens * 2)[:N_PREFILL]))
     for scorer in scorers.values():
