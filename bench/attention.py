@@ -4,10 +4,10 @@
 
 As many entries per KV head as the prefix has tokens. The entries are those of bench/lookup.py, queries of one layer of the
 default model, in each of its layers, as the keys and values of the prefix are in each; times are of single ops in decoding,
-from the callback that the runtime has for that. An op by itself has to start the threads, too, which in a graph it has not:
-us_op is what that costs, the time of an op with next to nothing to do, and times_faster_net is the ratio without it. With a
-memory: the state and flash attention over 64 to 88 live tokens. Without: flash attention over those and the prefix. The
-prefill of 16,384 tokens takes some minutes. Written to results/, with its date and the
+from the callback that the runtime has for that. Tokens with the memory and with the prefix take turns. An op by itself has to
+start the threads, too, which in a graph it has not: us_op is what that costs, the time of an op with next to nothing to do, and
+times_faster_net is the ratio without it. With a memory: the state and flash attention over 64 to 88 live tokens. Without: flash
+attention over those and the prefix. The prefill of 16,384 tokens takes some minutes. Written to results/, with its date and the
 instructions that the runtime was compiled for.
 """
 
@@ -68,8 +68,7 @@ def main(sizes: tuple[int, ...], layer: int, threads: int, as_json: bool) -> Non
     rows = []
     for n in sizes:
         path, _ = write_memory(known, n, range(builder().spec.block_count))
-        memory = decode_us(live, memory=path, **options)
-        full = decode_us(live, prefix=text[:n], **options)
+        memory, full = decode_us(live, {"memory": path, **options}, {"prefix": text[:n], **options})
         attention, op = memory["MEM_STATE"] + memory["FLASH_ATTN_EXT"], memory["ADD"]  # that of the residual stream
         rows.append(
             {
@@ -87,17 +86,18 @@ def main(sizes: tuple[int, ...], layer: int, threads: int, as_json: bool) -> Non
     report(rows, as_json, **about)
 
 
-def decode_us(live: list[int], **context) -> dict[str, float]:
-    """Median µs of each op in decoding."""
-    timer = OpTimer()
-    scorer = timer.open(**context)
-    steps = scorer.decode(live, N_DECODE + 1)
-    next(steps)
-    timer.on = True
-    for _ in steps:
-        pass
-    scorer.close()
-    return {op: statistics.median(us) for op, us in timer.us.items()}
+def decode_us(live: list[int], *contexts: dict) -> list[dict[str, float]]:
+    """Median µs of each op in decoding, of contexts that take turns token by token."""
+    timers = [OpTimer() for _ in contexts]
+    scorers = [timer.open(**context) for timer, context in zip(timers, contexts)]
+    steps = [scorer.decode(live, N_DECODE + 1) for scorer in scorers]
+    for i in range(N_DECODE + 1):
+        for timer, step in zip(timers, steps):
+            timer.on = i > 0  # the first includes the live text
+            next(step)
+    for scorer in scorers:
+        scorer.close()
+    return [{op: statistics.median(us) for op, us in timer.us.items()} for timer in timers]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
-#include <atomic>
 #include <functional>
 #include <type_traits>
 
@@ -22,12 +21,15 @@ constexpr int64_t MEM_TILE_ROWS = 64;
 constexpr int MEM_CACHE_L1 = 3;
 constexpr int MEM_CACHE_L2 = 2;
 
-// always inlined, because gcc takes a call of it for one without effect
-template <int CACHE = MEM_CACHE_L1>
 #if defined(__GNUC__)
-__attribute__((always_inline))
+#define MEM_ALWAYS_INLINE static inline __attribute__((always_inline))
+#else
+#define MEM_ALWAYS_INLINE static inline
 #endif
-static inline void mem_prefetch(const void * data, size_t size) {
+
+// gcc takes a call of it for one without effect
+template <int CACHE = MEM_CACHE_L1>
+MEM_ALWAYS_INLINE void mem_prefetch(const void * data, size_t size) {
 #if defined(__GNUC__)
     for (size_t offs = 0; offs < size; offs += CACHE_LINE_SIZE) {
         __builtin_prefetch((const char *) data + offs, 0, CACHE);
@@ -446,31 +448,26 @@ static void mem_to_f32(const ggml_tensor * table, int64_t i0, int64_t n, float *
 }
 
 #if defined(__AVX512F__)
-// c[4][64] += a[4][k]*b[k][64], in rows of c and b of size n
-static inline void mem_gemm_4x64(float * c, const float * a, const float * b, int64_t k, int64_t n) {
-    __m512 acc[4][4];
-    for (int i = 0; i < 4; i++) {
-        for (int r = 0; r < 4; r++) {
-            acc[i][r] = _mm512_loadu_ps(c + i*n + r*16);
-        }
+// c[4][64] += a[4][k]*b[k][64], in rows of c and b of size n; out of line gcc keeps a copy of the sums in memory
+MEM_ALWAYS_INLINE void mem_gemm_4x64(float * c, const float * a, const float * b, int64_t k, int64_t n) {
+    __m512 acc[16];
+    for (int t = 0; t < 16; t++) {
+        acc[t] = _mm512_loadu_ps(c + t/4*n + t%4*16);
     }
     for (int64_t l = 0; l < k; l++) {
         __m512 row[4];
         for (int r = 0; r < 4; r++) {
             row[r] = _mm512_loadu_ps(b + l*n + r*16);
+#if defined(__GNUC__)
+            asm("" : "+v"(row[r])); // or it is loaded again for each row of a
+#endif
         }
-        std::atomic_signal_fence(std::memory_order_acq_rel); // or gcc loads the row again for each i
-        for (int i = 0; i < 4; i++) {
-            const __m512 x = _mm512_set1_ps(a[i*k + l]);
-            for (int r = 0; r < 4; r++) {
-                acc[i][r] = _mm512_fmadd_ps(row[r], x, acc[i][r]);
-            }
+        for (int t = 0; t < 16; t++) {
+            acc[t] = _mm512_fmadd_ps(row[t%4], _mm512_set1_ps(a[t/4*k + l]), acc[t]);
         }
     }
-    for (int i = 0; i < 4; i++) {
-        for (int r = 0; r < 4; r++) {
-            _mm512_storeu_ps(c + i*n + r*16, acc[i][r]);
-        }
+    for (int t = 0; t < 16; t++) {
+        _mm512_storeu_ps(c + t/4*n + t%4*16, acc[t]);
     }
 }
 #endif
