@@ -15,7 +15,7 @@ _lib = _llama_cpp._lib
 LOOKUPS = {"auto": 0, "stock": 1, "scan": 2, "hnsw": 3, "lists": 4}
 
 _SIGNATURES = {
-    "llama_adapter_mem_init": (c_void_p, [c_void_p, c_char_p, c_char_p, c_size_t]),
+    "llama_adapter_mem_init": (c_void_p, [c_void_p, c_void_p, c_size_t, c_char_p, c_size_t]),
     "llama_adapter_mem_free": (None, [c_void_p]),
     "llama_adapter_mem_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t]),
     "llama_adapter_mem_n_prefix_tokens": (c_uint64, [c_void_p]),
@@ -37,10 +37,14 @@ for _name, (_restype, _argtypes) in _SIGNATURES.items():
     _function.restype, _function.argtypes = _restype, _argtypes
 
 
-def init(model, path: str) -> int:
-    """Load a memory for a model (a llama_model_p). Returns its handle; raises MemoryRefused."""
+def init(model, content: np.ndarray) -> int:
+    """Load a memory for a model (a llama_model_p) from the content of its file, see read_content.
+
+    The tables are used in place: the caller keeps the content until the memory is freed, with free() or with the model.
+    Returns its handle. Raises MemoryRefused.
+    """
     error = ctypes.create_string_buffer(_ERROR_SIZE)
-    handle = _lib.llama_adapter_mem_init(model, path.encode(), error, _ERROR_SIZE)
+    handle = _lib.llama_adapter_mem_init(model, content.ctypes.data, content.nbytes, error, _ERROR_SIZE)
     if not handle:
         raise refusal(error.value.decode(errors="replace"))
     return handle

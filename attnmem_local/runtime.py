@@ -10,6 +10,7 @@ import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from . import native
+from .content import read_content
 from .errors import Invalid, MemoryRefused
 from .prefix import drop_prefix, parse_messages, with_prefix_messages
 
@@ -19,7 +20,8 @@ class LoadedMemory:
 
     def __init__(self, llama: "MemoryLlama", path: str | Path):
         self.path = Path(path)
-        self._handle: int | None = native.init(llama.model, str(path))
+        self._content = read_content(path)
+        self._handle: int | None = native.init(llama.model, self._content)
         self._changed = self.path.stat().st_mtime_ns
         messages = native.metadata(self.handle, "attnmem.prefix.messages")
         try:

@@ -72,9 +72,9 @@ void llama_adapter_mems::check(const llama_model & model, const llama_cparams & 
             throw std::runtime_error("wrong_model: the memory was loaded for another model; load it for the model of this context");
         }
     }
-    if (get_n_nodes(cparams.flash_attn) > MEM_MAX_NODES) {
+    if (get_n_nodes() > MEM_MAX_NODES) {
         throw std::runtime_error(format("unsupported: the memories have too many segments (%llu graph nodes)",
-            (unsigned long long) get_n_nodes(cparams.flash_attn)));
+            (unsigned long long) get_n_nodes()));
     }
 
     auto differs = [](float a, float b) { return std::fabs(a - b) > 1e-6f*std::fabs(b); };
@@ -117,7 +117,7 @@ bool llama_adapter_mems::has_op(int il) const {
         std::all_of(items.begin(), items.end(), [&](const item & item) { return item.adapter->layers[il].has_op; });
 }
 
-uint64_t llama_adapter_mems::get_n_nodes(bool flash_attn) const {
+uint64_t llama_adapter_mems::get_n_nodes() const {
     uint64_t res = 0;
     for (int il = 0; il < (int) layers_reached.size(); il++) {
         if (!has_layer(il)) {
@@ -135,9 +135,9 @@ uint64_t llama_adapter_mems::get_n_nodes(bool flash_attn) const {
                 }
             }
         }
-        // the op: one or two nodes for each table, and 13 for attention without flash attention
+        // the op: one or two nodes for each table, and up to 18 for rotations and for attention without flash attention
         // stock ops: per KV head about 12, and up to 24 for each table
-        res += n_tensors + (has_op(il) ? (flash_attn ? 0 : 14) + 2*n_tables :
+        res += n_tensors + (has_op(il) ? 20 + 2*n_tables :
             items[0].adapter->model->hparams.n_head_kv(il)*(16 + 32*n_tables));
     }
     return res;
@@ -161,8 +161,34 @@ bool llama_adapter_mems::use_op(float kq_scale, int il) {
     return has_op(il);
 }
 
-ggml_tensor * llama_adapter_mems::build_state(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) {
-    return use_op(kq_scale, il) && q->ne[3] == 1 ? build_state_op(ctx, q, kq_scale, il) : nullptr;
+// undoes the rotation of a quantized KV cache
+static ggml_tensor * mem_unrotate(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k_rot) {
+    return k_rot ? llama_mul_mat_hadamard(ctx, q, k_rot) : q;
+}
+
+ggml_tensor * llama_adapter_mems::build_state(
+        ggml_context * ctx,
+         ggml_tensor * q,
+               float   kq_scale,
+         ggml_tensor * k_rot,
+         ggml_tensor * v_rot,
+                 int   il) {
+    if (!use_op(kq_scale, il) || q->ne[3] != 1) {
+        return nullptr;
+    }
+
+    ggml_tensor * state = build_state_op(ctx, mem_unrotate(ctx, q, k_rot), kq_scale, il);
+
+    if (v_rot) {
+        const int64_t n_embd_v = state->ne[0] - 1;
+
+        ggml_tensor * o   = ggml_view_3d(ctx, state, n_embd_v, state->ne[1], state->ne[2], state->nb[1], state->nb[2], 0);
+        ggml_tensor * lse = ggml_view_3d(ctx, state, 1,        state->ne[1], state->ne[2], state->nb[1], state->nb[2], n_embd_v*state->nb[0]);
+
+        state = ggml_concat(ctx, llama_mul_mat_hadamard(ctx, o, v_rot), lse, 0);
+    }
+
+    return state;
 }
 
 ggml_tensor * llama_adapter_mems::build_attn(
@@ -172,12 +198,18 @@ ggml_tensor * llama_adapter_mems::build_attn(
          ggml_tensor * v_t,
          ggml_tensor * kq_mask,
                float   kq_scale,
+         ggml_tensor * k_rot,
+         ggml_tensor * v_rot,
                  int   il) {
     if (k->ne[3] != 1) {
         throw std::runtime_error("unsupported: several KV streams");
     }
-    if (ggml_is_quantized(k->type) || ggml_is_quantized(v_t->type)) {
-        throw std::runtime_error(format("unsupported: a quantized KV cache (%s, %s) without flash attention; use f16, bf16 or f32",
+
+    const bool op = use_op(kq_scale, il);
+
+    // with a quantized V there is flash attention, which merges with the state of the op
+    if (ggml_is_quantized(v_t->type) || v_rot || (!op && (ggml_is_quantized(k->type) || k_rot))) {
+        throw std::runtime_error(format("unsupported: a quantized KV cache (%s, %s) where a memory is looked up by stock ops; use f16, bf16 or f32",
             ggml_type_name(k->type), ggml_type_name(v_t->type)));
     }
 
@@ -185,8 +217,8 @@ ggml_tensor * llama_adapter_mems::build_attn(
         kq_mask = ggml_cast(ctx, kq_mask, GGML_TYPE_F32);
     }
 
-    return use_op(kq_scale, il) ? build_attn_op   (ctx, q, k, v_t, kq_mask, kq_scale, il)
-                                : build_attn_stock(ctx, q, k, v_t, kq_mask, kq_scale, il);
+    return op ? build_attn_op   (ctx, q, k, v_t, kq_mask, kq_scale, k_rot, il)
+              : build_attn_stock(ctx, q, k, v_t, kq_mask, kq_scale, il);
 }
 
 ggml_tensor * llama_adapter_mems::build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const {
@@ -444,13 +476,14 @@ ggml_tensor * llama_adapter_mems::build_attn_op(
          ggml_tensor * v_t,
          ggml_tensor * kq_mask,
                float   kq_scale,
+         ggml_tensor * k_rot,
                  int   il) const {
     const int64_t n_tokens = q->ne[1];
     const int64_t n_head   = q->ne[2];
     const int64_t n_kv     = k->ne[1];
     const int64_t n_embd_v = v_t->ne[1];
 
-    ggml_tensor * state = build_state_op(ctx, q, kq_scale, il);
+    ggml_tensor * state = build_state_op(ctx, mem_unrotate(ctx, q, k_rot), kq_scale, il);
 
     ggml_tensor * o   = ggml_view_3d(ctx, state, n_embd_v, n_tokens, n_head, state->nb[2], state->nb[1], 0);
     ggml_tensor * lse = ggml_view_3d(ctx, state, 1,        n_tokens, n_head, state->nb[2], state->nb[1], n_embd_v*state->nb[0]);

@@ -27,7 +27,7 @@ int32_t llama_adapter_mem_state(
     const float gain = 0.0f;
     const llama_adapter_mems mems(&adapter, &gain, 1, lookup);
 
-    const size_t n_nodes = 16 + mems.get_n_nodes(true);
+    const size_t n_nodes = 16 + mems.get_n_nodes();
 
     ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead()*n_nodes + ggml_graph_overhead_custom(n_nodes, false), nullptr, true }) };
     if (!ctx) {

@@ -1,4 +1,4 @@
-// loading a memory: the file is untrusted, every field, offset, type and index is checked before it is used
+// loading a memory: its data is untrusted, every field, offset, type and index is checked before it is used
 
 #include "llama-adapter-mem.h"
 
@@ -25,6 +25,7 @@ static constexpr uint32_t MEM_FORMAT_VERSION = 2;
 static constexpr uint32_t MEM_MAX_SEGMENTS   = 256;
 static constexpr uint32_t MEM_MAX_TOP_K      = 1024;
 static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could overflow in a product
+static constexpr size_t   MEM_ALIGNMENT      = 64;    // of the data: a cache line
 
 //
 // fingerprint of a model that survives quantization
@@ -105,8 +106,6 @@ struct mem_file {
     gguf_context_ptr gguf;
     ggml_context_ptr meta;
 
-    const llama_mmap * mapping = nullptr;
-
     struct entry {
         ggml_tensor * tensor;
         const void  * data;
@@ -166,46 +165,35 @@ struct mem_file {
     const int32_t * data_i32(const ggml_tensor * t) const { return (const int32_t *) data(t); }
 };
 
-mem_file mem_open(const char * path, std::unique_ptr<llama_mmap> & mapping) {
-    FILE * fp = ggml_fopen(path, "rb");
-    if (!fp) {
-        refuse(format("unreadable: cannot open '%s': %s", path, strerror(errno)));
+mem_file mem_open(const void * data, size_t size) {
+    if ((uintptr_t) data % MEM_ALIGNMENT != 0) {
+        refuse(format("invalid: the data of a memory must begin at a multiple of %zu bytes", MEM_ALIGNMENT));
     }
-    std::unique_ptr<FILE, int (*)(FILE *)> guard(fp, fclose);
-
-    char magic[4] = {};
-    if (fread(magic, 1, 4, fp) != 4 || memcmp(magic, GGUF_MAGIC, 4) != 0) {
-        refuse(format("not_a_memory: '%s' is not a GGUF file", path));
+    if (size < 4 || memcmp(data, GGUF_MAGIC, 4) != 0) {
+        refuse("not_a_memory: this is not a GGUF file");
     }
-
-    if (!llama_mmap::SUPPORTED) {
-        refuse("unsupported: this platform cannot map files into memory");
-    }
-    llama_file f(fp);
-    mapping = std::make_unique<llama_mmap>(&f, 0); // no prefetch: the checks read all of it anyway, in order
 
     mem_file file;
-    file.mapping = mapping.get();
 
     ggml_context * meta = nullptr;
-    file.gguf.reset(gguf_init_from_buffer(mapping->addr(), mapping->size(), { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
+    file.gguf.reset(gguf_init_from_buffer(data, size, { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
     file.meta.reset(meta);
     if (!file.gguf) {
-        refuse(format("truncated: the header of '%s' is incomplete or damaged; build or copy the memory again", path));
+        refuse("truncated: the header is incomplete or damaged; build or copy the memory again");
     }
 
     const size_t offset = gguf_get_data_offset(file.gguf.get());
     for (int64_t i = 0; i < gguf_get_n_tensors(file.gguf.get()); i++) {
-        const size_t begin = offset + gguf_get_tensor_offset(file.gguf.get(), i);
-        const size_t size  = gguf_get_tensor_size(file.gguf.get(), i);
-        if (begin < offset || begin + size < begin || begin + size > mapping->size()) {
+        const size_t begin  = offset + gguf_get_tensor_offset(file.gguf.get(), i);
+        const size_t nbytes = gguf_get_tensor_size(file.gguf.get(), i);
+        if (begin < offset || begin + nbytes < begin || begin + nbytes > size) {
             refuse(format("truncated: the tensor '%s' ends at byte %zu, the file has %zu; build or copy the memory again",
-                gguf_get_tensor_name(file.gguf.get(), i), begin + size, mapping->size()));
+                gguf_get_tensor_name(file.gguf.get(), i), begin + nbytes, size));
         }
         if (begin % sizeof(float) != 0) {
             refuse(format("invalid: the tensor '%s' is not aligned", gguf_get_tensor_name(file.gguf.get(), i)));
         }
-        file.tensors[gguf_get_tensor_name(file.gguf.get(), i)] = { nullptr, (const char *) mapping->addr() + begin };
+        file.tensors[gguf_get_tensor_name(file.gguf.get(), i)] = { nullptr, (const char *) data + begin };
     }
     for (ggml_tensor * t = ggml_get_first_tensor(meta); t; t = ggml_get_next_tensor(meta, t)) {
         file.tensors.at(t->name).tensor = t;
@@ -496,8 +484,8 @@ bool mem_device_has_op(ggml_backend_dev_t dev, const llama_adapter_mem * mem, in
 
 } // namespace
 
-void llama_adapter_mem::load(const char * path) {
-    mem_file file = mem_open(path, mapping);
+void llama_adapter_mem::load(const void * data, size_t size) {
+    mem_file file = mem_open(data, size);
 
     mem_check_model(file, *model, *this);
 
@@ -551,8 +539,8 @@ void llama_adapter_mem::load(const char * path) {
             gguf_get_n_tensors(file.gguf.get()), n_tensors));
     }
 
-    // place the tables: in the mapped file where the CPU computes the layer, in a buffer of its device elsewhere
-    ggml_backend_buffer_ptr buf_mapped { ggml_backend_cpu_buffer_from_ptr(mapping->addr(), mapping->size()) };
+    // place the tables: where they are if the CPU computes the layer, in a buffer of its device elsewhere
+    ggml_backend_buffer_ptr buf_host { ggml_backend_cpu_buffer_from_ptr(const_cast<void *>(data), size) };
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
     auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
@@ -584,13 +572,13 @@ void llama_adapter_mem::load(const char * path) {
                     if (*t == nullptr) {
                         continue;
                     }
-                    const void * data = file.data(*t);
+                    const void * rows = file.data(*t);
                     if (layers[il].is_host) {
-                        ggml_backend_tensor_alloc(buf_mapped.get(), *t, const_cast<void *>(data));
+                        ggml_backend_tensor_alloc(buf_host.get(), *t, const_cast<void *>(rows));
                     } else {
                         ggml_tensor * copy = ggml_dup_tensor(ctx_for_buft(buft), *t);
                         ggml_set_name(copy, (*t)->name);
-                        copies.emplace_back(copy, data);
+                        copies.emplace_back(copy, rows);
                         *t = copy;
                     }
                 }
@@ -604,12 +592,11 @@ void llama_adapter_mem::load(const char * path) {
         }
         bufs.emplace_back(buf);
     }
-    for (auto & [t, data] : copies) {
-        ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+    for (auto & [t, rows] : copies) {
+        ggml_backend_tensor_set(t, rows, 0, ggml_nbytes(t));
     }
     ctxs.push_back(std::move(file.meta));
-    bufs.push_back(std::move(buf_mapped));
-    mapping->unmap_fragment(0, gguf_get_data_offset(file.gguf.get()));
+    bufs.push_back(std::move(buf_host));
     for (auto & buf : bufs) {
         ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     }
@@ -626,7 +613,7 @@ void llama_adapter_mem::load(const char * path) {
     }
 
     LLAMA_LOG_INFO("%s: loaded %zu tensors, %.2f MiB, for a prefix of %zu tokens\n", __func__,
-        n_tensors, mapping->size()/1024.0/1024.0, prefix_tokens.size());
+        n_tensors, size/1024.0/1024.0, prefix_tokens.size());
 }
 
 //
@@ -640,11 +627,11 @@ static void mem_set_error(char * err, size_t err_size, const char * what) {
     }
 }
 
-llama_adapter_mem * llama_adapter_mem_init(llama_model * model, const char * path_mem, char * err, size_t err_size) {
+llama_adapter_mem * llama_adapter_mem_init(llama_model * model, const void * data, size_t size, char * err, size_t err_size) {
     auto adapter = std::make_unique<llama_adapter_mem>(model);
 
     try {
-        adapter->load(path_mem);
+        adapter->load(data, size);
     } catch (const std::exception & e) {
         mem_set_error(err, err_size, e.what());
         return nullptr;

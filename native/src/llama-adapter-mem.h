@@ -1,7 +1,6 @@
 #pragma once
 
 #include "llama.h"
-#include "llama-mmap.h"
 
 #include "ggml-cpp.h"
 
@@ -99,8 +98,6 @@ struct llama_adapter_mem {
     std::unordered_map<std::string, std::string> gguf_kv;
 
     // tables are used in place where the CPU computes the layer, and copied to the device of the layer elsewhere
-    std::unique_ptr<llama_mmap> mapping;
-
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 
@@ -109,8 +106,8 @@ struct llama_adapter_mem {
     explicit llama_adapter_mem(llama_model * model) : model(model) {}
     ~llama_adapter_mem() = default;
 
-    // throws std::runtime_error("<reason>: <explanation>")
-    void load(const char * path);
+    // data must stay valid as long as the memory; throws std::runtime_error("<reason>: <explanation>")
+    void load(const void * data, size_t size);
 };
 
 // the memories that are attached to a context
@@ -136,7 +133,7 @@ struct llama_adapter_mems {
     bool has_layer(int il) const;
 
     // what the memories add to a graph, at most: nodes, and leafs, which need room as well
-    uint64_t get_n_nodes(bool flash_attn) const;
+    uint64_t get_n_nodes() const;
 
     bool same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const;
 
@@ -146,10 +143,13 @@ struct llama_adapter_mems {
     // throws std::runtime_error if the graph of this architecture did not ask for the memory of some layer
     void check_layers_reached() const;
 
+    // q, k and v are rotated by k_rot and v_rot if those are not null, as a quantized KV cache has them; the tables are not
+    //   k_rot, v_rot [n, n] symmetric, their own inverse
+
     // the state of all memories of the layer, for flash attention to merge with [n_embd_head_v + 1, n_head, n_tokens]
     //   q [n_embd_head_k, n_tokens, n_head]
     // nullptr where it has to be build_attn; throws std::runtime_error for what is not supported
-    ggml_tensor * build_state(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il);
+    ggml_tensor * build_state(ggml_context * ctx, ggml_tensor * q, float kq_scale, ggml_tensor * k_rot, ggml_tensor * v_rot, int il);
 
     // attention over the live tokens and the memories of the layer
     //   q       [n_embd_head_k, n_tokens, n_head]
@@ -159,9 +159,9 @@ struct llama_adapter_mems {
     //   returns [n_embd_head_v, n_tokens, n_head]
     // throws std::runtime_error for what is not supported
     ggml_tensor * build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
-                             ggml_tensor * kq_mask, float kq_scale, int il);
+                             ggml_tensor * kq_mask, float kq_scale, ggml_tensor * k_rot, ggml_tensor * v_rot, int il);
 
-    // the state by the op; no checks
+    // the state by the op, for a q that is not rotated; no checks
     ggml_tensor * build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const;
 
 private:
@@ -174,7 +174,7 @@ private:
     ggml_tensor * build_attn_stock(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
                                    ggml_tensor * kq_mask, float kq_scale, int il) const;
     ggml_tensor * build_attn_op   (ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
-                                   ggml_tensor * kq_mask, float kq_scale, int il) const;
+                                   ggml_tensor * kq_mask, float kq_scale, ggml_tensor * k_rot, int il) const;
 };
 
 using llama_adapter_mems_ptr = std::unique_ptr<llama_adapter_mems>;
