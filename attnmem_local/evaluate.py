@@ -115,14 +115,18 @@ def fidelity(model_path: str | os.PathLike, memory, windows: list[list[int]], **
     }
 
 
-def exactness(model_path: str | os.PathLike, tokens: list[int], live: list[int], *, n_greedy: int = 64, progress=None) -> dict:
-    """The exact memory of a prefix against the prefix itself (design: anchors = every key and value, bias 0).
+def exactness(
+    model_path: str | os.PathLike, tokens: list[int], live: list[int], *, n_greedy: int = 64, progress=None, **options
+) -> dict[str, float | bool]:
+    """The exact memory of a prefix (anchors = every key and value, bias 0) against the prefix itself.
 
     tokens: the prefix. live: text after it. The memory is built twice: from keys and values captured by the
-    transformers builder, and from the runtime's own KV cache.
-    Returns kl_builder, kl_runtime and their larger one kl_mean; kl_floor, the runtime's own noise on the same text
-    (full prefix with flash attention against without); greedy_equal, whether both give the n_greedy tokens of the
-    full-prefix run.
+    transformers builder, and from the KV cache of the runtime.
+    options: how the memory is run, such as type_k, type_v and flash_attn of MemoryLlama. The reference is always the full
+    prefix with an F16 cache, without flash attention.
+    Returns kl_builder, kl_runtime and their larger one kl_mean; kl_floor, the noise of the runtime on the same text: the
+    full prefix with these options (with none, with flash attention) against the reference; greedy_equal, whether both
+    memories give the n_greedy tokens of the reference.
     """
     from .build import exact_memory
     from .capture import prefill
@@ -142,15 +146,15 @@ def exactness(model_path: str | os.PathLike, tokens: list[int], live: list[int],
         full = Scorer(model_path, tokens, n_live=n_live)
         expected, expected_tokens = full.log_probs(live), full.greedy(live, n_greedy)
         full.close()
-        flash = Scorer(model_path, tokens, n_live=n_live, flash_attn=True)
-        result = {"kl_floor": float(kl(expected, flash.log_probs(live)).mean())}
-        flash.close()
+        floor = Scorer(model_path, tokens, n_live=n_live, **(options or {"flash_attn": True}))
+        result = {"kl_floor": float(kl(expected, floor.log_probs(live)).mean())}
+        floor.close()
         equal = []
         with tempfile.TemporaryDirectory() as folder:
             for name, kv in captured.items():
                 path = Path(folder) / f"{name}.mem.gguf"
                 exact_memory(model, prefix, kv).save(path)
-                run = Scorer(model_path, memory=path, n_live=n_live)
+                run = Scorer(model_path, memory=path, n_live=n_live, **options)
                 result[f"kl_{name}"] = float(kl(expected, run.log_probs(live)).mean())
                 equal.append(run.greedy(live, n_greedy) == expected_tokens)
                 run.close()

@@ -180,7 +180,7 @@ def test_prompt_caches_belong_to_their_memories(tiny, exact):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"type_k": 8}, "quantized KV cache"),
+        ({"type_k": 8, "lookup": "stock"}, "quantized KV cache"),
         ({"embedding": True}, "embeddings"),
         ({"rope_freq_base": 5e5}, "RoPE base"),
     ],

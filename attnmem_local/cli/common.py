@@ -1,5 +1,6 @@
 """What all commands share: the default model, options that read the same everywhere, errors without tracebacks."""
 
+import functools
 from pathlib import Path
 
 import click
@@ -44,6 +45,28 @@ queries_option = click.option(
     show_default=True,
     help="Where queries come from: repeat, self-study, or a file of traces (text, or .jsonl with text or messages). May be given several times.",
 )
+
+
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # ggml_type
+
+
+def cache_options(command):
+    """Adds --kv-type and --flash-attn; the command gets them as the options type_k, type_v and flash_attn of MemoryLlama."""
+
+    @click.option("--kv-type", type=click.Choice(list(KV_TYPES)), help="Type of the KV cache of the live tokens.  [default: f16]")
+    @click.option("--flash-attn", type=click.Choice(("on", "off")), help="Flash attention.  [default: on with a quantized cache, which needs it]")
+    @functools.wraps(command)
+    def wrapped(*args, kv_type: str | None, flash_attn: str | None, **options):
+        if kv_type is not None:
+            options["type_k"] = options["type_v"] = KV_TYPES[kv_type]
+        is_quantized = kv_type is not None and kv_type.startswith("q")
+        if is_quantized and flash_attn == "off":
+            raise click.UsageError(f"a {kv_type} cache needs flash attention; leave out '--flash-attn off', or choose f16")
+        if is_quantized or flash_attn is not None:
+            options["flash_attn"] = flash_attn != "off"
+        return command(*args, **options)
+
+    return wrapped
 
 
 def print_seconds(progress) -> None:

@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .common import file_type, json_option, model_argument, threads_option
+from .common import cache_options, file_type, json_option, model_argument, threads_option
 
 
 @click.group("eval")
@@ -20,11 +20,13 @@ def evaluate() -> None:
 @click.argument("prefix", type=file_type)
 @click.option("-n", "--tokens", default=1000, show_default=True, help="Length of the prefix; the text after it is the live text.")
 @click.option("--live", default=384, show_default=True, help="Length of the live text.")
+@cache_options
 @json_option
-def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool) -> None:
-    """Build the exact memory of PREFIX and compare it with the prefix itself.
+def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool, **options) -> None:
+    """Build the exact memory of PREFIX and compare it with the prefix itself, which is run with an F16 cache.
 
-    Exactness shows on a GGUF in F32; on a quantized model compare kl_mean with kl_floor, the runtime's own noise.
+    Exactness shows on a GGUF in F32. On a quantized model, or with a quantized cache, compare kl_mean with kl_floor: the error
+    of the prefix itself when it is run with the same options.
     """
     from ..evaluate import exactness
     from ..tokenizer import GgufTokenizer
@@ -33,7 +35,7 @@ def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool) -> N
     text = GgufTokenizer(model).encode(prefix.read_text(encoding="utf-8"), add_bos=True)
     if len(text) < tokens + live:
         raise ValueError(f"'{prefix}' has {len(text)} tokens, {tokens} + {live} are needed; lower --tokens or --live")
-    result = exactness(model, text[:tokens], text[tokens : tokens + live], progress=Progress(quiet=as_json))
+    result = exactness(model, text[:tokens], text[tokens : tokens + live], progress=Progress(quiet=as_json), **options)
     _print(result, as_json)
 
 
@@ -44,8 +46,9 @@ def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool) -> N
 @click.option("--window", default=384, show_default=True, help="Tokens of TEXT that follow the prefix at a time.")
 @click.option("--windows", default=4, show_default=True, help="How many windows of TEXT are scored at most.")
 @threads_option
+@cache_options
 @json_option
-def fidelity(model: Path, memory: Path, text: Path, window: int, windows: int, threads: int | None, as_json: bool) -> None:
+def fidelity(model: Path, memory: Path, text: Path, window: int, windows: int, threads: int | None, as_json: bool, **options) -> None:
     """Score held-out TEXT with the full prefix, with MEMORY and with neither. TEXT is text or .jsonl, as for build."""
     from ..evaluate import fidelity as measure
     from ..memory import Memory
@@ -59,7 +62,7 @@ def fidelity(model: Path, memory: Path, text: Path, window: int, windows: int, t
     scored = [w for w in scored if len(w) > 1]
     if not scored:
         raise ValueError(f"'{text}' has no text to score")
-    _print(measure(model, memory, scored, n_threads=threads), as_json)
+    _print(measure(model, memory, scored, n_threads=threads, **options), as_json)
 
 
 def _print(result: dict, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 #include "llama-adapter-mem.h"
 
+#include "llama-adapter.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -62,7 +63,7 @@ bool llama_adapter_mems::same(llama_adapter_mem * const * adapters, const float 
     return true;
 }
 
-void llama_adapter_mems::check(const llama_model & model, const llama_cparams & cparams) const {
+void llama_adapter_mems::check(const llama_model & model, const llama_cparams & cparams, const llama_adapter_loras & loras, const llama_adapter_cvec & cvec) const {
     if (items.empty()) {
         return;
     }
@@ -75,6 +76,22 @@ void llama_adapter_mems::check(const llama_model & model, const llama_cparams & 
     if (get_n_nodes() > MEM_MAX_NODES) {
         throw std::runtime_error(format("unsupported: the memories have too many segments (%llu graph nodes)",
             (unsigned long long) get_n_nodes()));
+    }
+
+    // what a memory cannot know of: its keys and values were computed without it
+    if (!loras.empty()) {
+        throw std::runtime_error("unsupported: a LoRA adapter; merge it into the model and build the memory from that model");
+    }
+    for (uint32_t il = 0; il < model.hparams.n_layer(); il++) {
+        if (cvec.tensor_for(il)) {
+            throw std::runtime_error("unsupported: a control vector; clear it before a memory is attached");
+        }
+        if (model.hparams.n_rot(il) != model.hparams.n_embd_head_k(il)) {
+            throw std::runtime_error(format("unsupported: RoPE on %u of the %u dimensions of a head", model.hparams.n_rot(il), model.hparams.n_embd_head_k(il)));
+        }
+        if (model.layers[il].rope_long || model.layers[il].rope_short) {
+            throw std::runtime_error("unsupported: RoPE factors that depend on the length of the context");
+        }
     }
 
     auto differs = [](float a, float b) { return std::fabs(a - b) > 1e-6f*std::fabs(b); };
@@ -97,8 +114,8 @@ void llama_adapter_mems::check(const llama_model & model, const llama_cparams & 
             throw std::runtime_error(format("unsupported: the context has RoPE base %g and scale %g, the memory was built with %g and %g",
                 cparams.rope_freq_base, cparams.rope_freq_scale, mem.rope_freq_base, mem.rope_freq_scale));
         }
-        if (cparams.yarn_ext_factor != 0.0f) {
-            throw std::runtime_error("unsupported: YaRN RoPE scaling");
+        if (cparams.yarn_ext_factor != 0.0f || differs(cparams.yarn_attn_factor, 1.0f)) {
+            throw std::runtime_error("unsupported: YaRN RoPE scaling; leave yarn_ext_factor and yarn_attn_factor at their defaults");
         }
     }
 }

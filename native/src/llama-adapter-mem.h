@@ -12,6 +12,10 @@
 #include <vector>
 
 struct llama_cparams;
+struct llama_adapter_cvec;
+struct llama_adapter_lora;
+
+using llama_adapter_loras = std::unordered_map<llama_adapter_lora *, float>;
 
 //
 // llama_adapter_mem - attention-state memory
@@ -137,8 +141,8 @@ struct llama_adapter_mems {
 
     bool same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const;
 
-    // throws std::runtime_error if these memories cannot be used with this model and these context parameters
-    void check(const llama_model & model, const llama_cparams & cparams) const;
+    // throws std::runtime_error if these memories cannot be used with this model, these context parameters and these other adapters
+    void check(const llama_model & model, const llama_cparams & cparams, const llama_adapter_loras & loras, const llama_adapter_cvec & cvec) const;
 
     // throws std::runtime_error if the graph of this architecture did not ask for the memory of some layer
     void check_layers_reached() const;
