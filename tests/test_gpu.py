@@ -6,7 +6,10 @@ import pytest
 from conftest import Tiny
 from mixed import mixed_memory
 
+from attnmem_local.cli.common import KV_TYPES
 from attnmem_local.evaluate import Scorer, kl
+
+Q8_0 = KV_TYPES["q8_0"]
 
 pytestmark = pytest.mark.skipif(not llama_cpp.llama_supports_gpu_offload(), reason="no GPU, or built without it (./build.sh --cuda)")
 
@@ -18,12 +21,14 @@ def tiny64(tmp_path_factory) -> Tiny:
 
 
 @pytest.mark.parametrize("n_batch", [1, 2, 16, 17, 64])  # matrix products have other kernels for few tokens
-@pytest.mark.parametrize("flash_attn", [False, True], ids=["", "flash"])
-def test_the_gpu_gives_what_the_cpu_gives(tiny64, flash_attn, n_batch):
+@pytest.mark.parametrize(
+    "options", [{}, {"flash_attn": True}, {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}], ids=["", "flash", "flash-q8_0-cache"]
+)
+def test_the_gpu_gives_what_the_cpu_gives(tiny64, options, n_batch):
     path = tiny64.save(mixed_memory(tiny64.model.spec, tiny64.prefix, q8_0=True, times=20), "large")
     live = tiny64.live[:64]
     cpu, gpu, none = (
-        Scorer(tiny64.path, memory=memory, n_batch=n_batch, flash_attn=flash_attn, n_gpu_layers=n, op_offload=False).log_probs(live)
+        Scorer(tiny64.path, memory=memory, n_batch=n_batch, n_gpu_layers=n, op_offload=False, **options).log_probs(live)
         for n, memory in ((0, path), (-1, path), (0, ()))
     )
     # the error of a query that finds the other of two entries stays with its token
