@@ -65,6 +65,12 @@ class PrefixMismatch(MemoryRefused):
     reason = "prefix_mismatch"
 
 
+class StaleStream(MemoryRefused):
+    """A stream cannot go on: the memories or the live tokens it began with are gone."""
+
+    reason = "stale_stream"
+
+
 _BY_REASON = {cls.reason: cls for cls in MemoryRefused.__subclasses__()}
 
 

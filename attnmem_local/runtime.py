@@ -1,138 +1,143 @@
 """MemoryLlama: a llama_cpp.Llama that answers with memories instead of prefixes."""
 
-import hashlib
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Sequence
+import os
+from contextlib import closing
+from typing import Iterable, Iterator
 
 import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
-from . import native
-from .content import read_content
-from .errors import Invalid, MemoryRefused
-from .prefix import drop_prefix, parse_messages, with_prefix_messages
-
-
-class LoadedMemory:
-    """A memory that the runtime has loaded for one model; `MemoryLlama.load_memory` makes them."""
-
-    def __init__(self, llama: "MemoryLlama", path: str | Path):
-        self.path = Path(path)
-        self._content = read_content(path)
-        self._handle: int | None = native.init(llama.model, self._content)
-        self._changed = self.path.stat().st_mtime_ns
-        messages = native.metadata(self.handle, "attnmem.prefix.messages")
-        try:
-            self.prefix_messages = None if messages is None else parse_messages(messages)
-        except ValueError as error:
-            native.free(self.handle)
-            raise Invalid(f"the key 'attnmem.prefix.messages' of '{path}': {error}") from None
-
-    @property
-    def handle(self) -> int:
-        if self._handle is None:
-            raise ValueError(f"'{self.path}' was freed with the model it was loaded for")
-        return self._handle
-
-    @property
-    def prefix_tokens(self) -> list[int]:
-        """The tokens that the memory stands for; not kept, as a list of them takes ten times their bytes."""
-        return native.prefix_tokens(self.handle)
-
-    def metadata(self, key: str) -> str | None:
-        """A scalar metadata value of the file as text, None if it has no such key."""
-        return native.metadata(self.handle, key)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the file's content. Raises MemoryRefused if the file has changed since it was loaded."""
-        if not self.path.exists() or self.path.stat().st_mtime_ns != self._changed:
-            raise MemoryRefused(f"'{self.path}' has changed since it was loaded; attach it again")
-        with open(self.path, "rb") as f:
-            return hashlib.file_digest(f, "blake2b").hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Attached:
-    memory: LoadedMemory
-    gain: float = 0.0  # added to the memory's log-sum-exp: 0 as it was built, −inf is off
+from .attachments import Attached, Attachments, check_lookup
+from .errors import MemoryRefused, StaleStream
+from .loaded import LoadedMemory
+from .prefix import drop_prefix, with_prefix_messages
+from .saved_state import CacheByMemory, MemoryState, bind, unbind
 
 
 class MemoryLlama(llama_cpp.Llama):
     """A llama_cpp.Llama with attention-state memories.
 
-    memory: one or several paths or loaded memories to attach from the start.
+    memory: one path, or several, of memories to attach from the start.
     lookup: how the nearest entry is found: "auto", "stock", "scan", "hnsw" or "lists" (see native.LOOKUPS).
+    memory_mmap: map memory files, as use_mmap does the model's, instead of reading them into RAM. Loading is faster and
+        processes share the pages, but a file that is overwritten in place under an attached memory (as cp does, where a
+        rename does not) then changes the answers, and one that is truncated ends the process.
     Everything else is as in llama_cpp.Llama, and so are completions, chat and streaming: live tokens begin at
     position 0, the prefix is neither prefilled nor attended, and n_ctx is all for live tokens.
-
-    Raises MemoryRefused, attaching nothing, if a memory does not fit the model or an option of the context.
+    As with llama_cpp.Llama, two threads that use one object at once end the process: give each its own, or a lock.
+    Pickling and copying load the model and the memories again from their files, and refuse memories that have changed.
     """
 
-    def __init__(self, model_path: str, *, memory=(), lookup: str = "auto", **options):
-        self._attached: list[Attached] = []
-        self._loaded: dict[tuple[Path, int], LoadedMemory] = {}
-        if lookup not in native.LOOKUPS:
-            raise ValueError(f"lookup must be one of {sorted(native.LOOKUPS)}, not '{lookup}'")
-        self._lookup = lookup
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        memory: str | os.PathLike | Iterable[str | os.PathLike] | None = None,
+        lookup: str = "auto",
+        memory_mmap: bool = False,
+        **options,
+    ):
+        check_lookup(lookup)
         super().__init__(model_path, **options)
+        self._attachments = Attachments(self._ctx, lookup, memory_mmap)
         if not {"chat_format", "chat_handler"} & options.keys() and "chat_template.default" in self._chat_handlers:
             self.chat_format = "chat_template.default"  # prefixes are rendered with the model's own template
-        for item in [memory] if isinstance(memory, (str, Path, LoadedMemory)) else memory or ():
-            self.attach(item)
+        several = isinstance(memory, Iterable) and not isinstance(memory, (str, bytes))
+        try:
+            for item in memory if several else () if memory is None else (memory,):
+                self.attach(item)
+        except BaseException:
+            self.close()  # at once, not when the traceback is gone
+            raise
 
     # attaching
 
     @property
     def memories(self) -> tuple[Attached, ...]:
         """The attached memories; the first one's prefix is what a chat begins with."""
-        return tuple(self._attached)
+        return self._attachments.items
 
     @property
     def lookup(self) -> str:
-        return self._lookup
+        return self._attachments.lookup
 
-    def load_memory(self, path: str | Path) -> LoadedMemory:
-        """Load a memory without attaching it. A file is loaded once, and again when it has changed."""
-        path = Path(path)
-        key = (path.resolve(), path.stat().st_mtime_ns if path.exists() else 0)
-        if key not in self._loaded:
-            self._loaded[key] = LoadedMemory(self, path)
-        return self._loaded[key]
+    def load_memory(self, path: str | os.PathLike) -> LoadedMemory:
+        """Load a memory without attaching it. A file is loaded once as long as the result is held, and again when it has changed."""
+        return self._attachments.load(path)
 
-    def attach(self, memory: str | Path | LoadedMemory, gain: float = 0.0) -> LoadedMemory:
-        """Attach a memory beside those attached, or set the gain of one that is."""
-        loaded = memory if isinstance(memory, LoadedMemory) else self.load_memory(memory)
-        path = loaded.path.resolve()
-        others = [a for a in self._attached if a.memory.path.resolve() != path]
-        at = next((i for i, a in enumerate(self._attached) if a.memory.path.resolve() == path), len(others))
-        self._set([*others[:at], Attached(loaded, gain), *others[at:]], self._lookup)
+    def attach(self, memory: str | os.PathLike | LoadedMemory, gain: float = 0.0) -> LoadedMemory:
+        """Attach a memory beside those attached, or set the gain of one that is.
+
+        A file that has changed since it was attached replaces what it was. A file is attached once, whatever path
+        names it. The live tokens are forgotten, and a stream that is being read ends with StaleStream.
+        Raises MemoryRefused, changing nothing, for a memory that cannot be used here.
+        """
+        loaded = self._attachments.attach(memory, gain)
+        self._settle()
         return loaded
 
-    def detach(self, memory: str | Path | LoadedMemory | None = None) -> None:
-        """Detach one memory, or all."""
-        path = memory.path if isinstance(memory, LoadedMemory) else memory
-        kept = [] if path is None else [a for a in self._attached if a.memory.path.resolve() != Path(path).resolve()]
-        if path is not None and len(kept) == len(self._attached):
-            raise ValueError(f"'{path}' is not attached")
-        self._set(kept, self._lookup)
+    def detach(self, memory: str | os.PathLike | LoadedMemory | None = None) -> None:
+        """Detach one memory, or all. It is freed unless the caller holds its LoadedMemory."""
+        self._attachments.detach(memory)
+        self._settle()
 
     def set_lookup(self, lookup: str) -> None:
         """Change how the nearest entry is found."""
-        self._set(self._attached, lookup)
+        self._attachments.set_lookup(lookup)
+        self._settle()
 
-    def _set(self, attached: list[Attached], lookup: str) -> None:
-        native.set_memories(self.ctx, [a.memory.handle for a in attached], [a.gain for a in attached], lookup)
-        self._attached, self._lookup = attached, lookup
-        self._forget()
+    # live tokens
 
-    def _forget(self) -> None:
-        """Live keys and values depend on the memories from the second layer on: none of them may be used again."""
-        if self._ctx.memory is not None:
-            llama_cpp.llama_memory_clear(self._ctx.memory, False)  # kv_cache_clear would write zeros to all of the cache
-        self.reset()
+    _turn = 0  # counts what makes the tokens of a stream that is being read invalid
+
+    def _settle(self) -> None:
+        """Make the context and the live tokens agree, whatever was interrupted or cleared since the last use."""
+        self._attachments.settle()
+        memory = self._ctx.memory
+        if self.n_tokens > 0 and memory is not None and llama_cpp.llama_memory_seq_pos_max(memory, 0) < 0:
+            self.reset()
+
+    def reset(self) -> None:
+        self._turn += 1
+        super().reset()
+
+    def eval(self, tokens) -> None:
+        self._settle()
+        for i in range(0, max(len(tokens), 1), self.n_batch):
+            batch = tokens[i : i + self.n_batch]
+            if len(batch) > 0:
+                self._requires_eval = True  # until super() has counted them: interrupted before, the logits are of other tokens
+            super().eval(batch)
+
+    def generate(self, tokens, *args, **options) -> Iterator[int]:
+        """As in llama_cpp.Llama.
+
+        Raises StaleStream where it would go on with other tokens or memories than it began with: after attach, detach,
+        set_lookup, reset, load_state, or another generation.
+        """
+        return self._read(super().generate(tokens, *args, **options), self.memories)
+
+    def _create_completion(self, *args, **options) -> Iterator:
+        return self._read(super()._create_completion(*args, **options), self.memories)
+
+    def _read(self, stream: Iterator, memories: tuple[Attached, ...]) -> Iterator:
+        """What a generator yields, as long as nothing takes the live tokens away from it.
+
+        memories: those that the prompt was made for, before the generator starts.
+        """
+        self._turn += 1
+        turn = sent = None
+        with closing(stream):
+            while True:
+                self._settle()
+                if self.memories is not memories or turn not in (None, self._turn):
+                    raise StaleStream("the memories or the live tokens changed while the stream was read; ask again")
+                try:
+                    item = stream.send(sent)
+                except StopIteration:
+                    return
+                turn = self._turn
+                sent = yield item
 
     # the prefix is never fed twice
 
@@ -169,60 +174,59 @@ class MemoryLlama(llama_cpp.Llama):
         return super().create_completion(prompt, *args, **options)
 
     def _leader(self) -> LoadedMemory | None:
-        return self._attached[0].memory if self._attached else None
+        return self.memories[0].memory if self.memories else None
 
     # saved states belong to the memories they were computed with
 
-    def _memory_key(self) -> tuple[int, ...]:
-        """Numbers that no vocabulary has as tokens, for what is attached; empty when nothing is."""
-        what = repr([(a.memory.fingerprint, a.gain) for a in self._attached])
-        return tuple(-1 - byte for byte in hashlib.blake2b(what.encode(), digest_size=8).digest()) if self._attached else ()
+    def save_state(self) -> llama_cpp.LlamaState | MemoryState:
+        self._settle()
+        return bind(super().save_state(), self._attachments.key())
 
-    def save_state(self):
-        state = super().save_state()
-        state.memory_key = self._memory_key()
-        return state
-
-    def load_state(self, state) -> None:
+    def load_state(self, state: llama_cpp.LlamaState | MemoryState) -> None:
         """As in llama_cpp.Llama. Raises MemoryRefused for a state that was computed with other memories."""
-        if getattr(state, "memory_key", ()) != self._memory_key():
-            raise MemoryRefused("the saved state was computed with other memories attached; attach the same ones with the same gains")
-        super().load_state(state)
+        self._settle()
+        state = unbind(state, self._attachments.key())
+        self._turn += 1
+        try:
+            super().load_state(state)
+        except BaseException:
+            self.n_tokens = 0  # the tokens it names may not be in the cache
+            raise
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
-        super().set_cache(None if cache is None else _CacheByMemory(self, cache))
+        super().set_cache(None if cache is None else CacheByMemory(cache, self._attachments.key))
+
+    # copies and the end
+
+    def __getstate__(self) -> dict:
+        self._settle()
+        memories = [(a.memory.path, a.gain, a.memory.fingerprint) for a in self.memories]
+        return super().__getstate__() | {"memory": memories, "lookup": self.lookup, "memory_mmap": self._attachments.mapped}
+
+    def __setstate__(self, state: dict) -> None:
+        """Raises MemoryRefused if the file of a memory is not what it was."""
+        super().__setstate__(state | {"memory": None})
+        try:
+            for path, gain, fingerprint in state["memory"]:
+                loaded = self.load_memory(path)
+                if loaded.fingerprint != fingerprint:
+                    raise MemoryRefused(f"'{path}' has changed since the MemoryLlama was pickled or copied; attach it to a new one")
+                self.attach(loaded, gain)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        if hasattr(self, "_stack"):  # not if __init__ was refused
-            super().close()
-        for loaded in self._loaded.values():
-            loaded._handle = None  # freed with the model
-        self._attached = []
+        """Free the model and the memories. Later use raises ValueError, and so does a stream that is still read."""
+        if not hasattr(self, "_stack"):  # __init__ was refused
+            return
+        self._ctx = self._model = self._batch = self.tokenizer_ = closed = _Closed()
+        self._attachments = Attachments(closed)
+        super().close()
 
 
-class _CacheByMemory(BaseLlamaCache):
-    """A prompt cache that finds only states computed with the memories that are attached."""
+class _Closed:
+    """In the place of what was freed: llama_cpp.Llama would hand llama.cpp null pointers."""
 
-    def __init__(self, llama: MemoryLlama, cache: BaseLlamaCache):
-        super().__init__(cache.capacity_bytes)
-        self.llama = llama
-        self.cache = cache
-
-    def _key(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        return (*self.llama._memory_key(), *tokens)
-
-    @property
-    def cache_size(self) -> int:
-        return self.cache.cache_size
-
-    def __getitem__(self, tokens):
-        state = self.cache[self._key(tokens)]
-        if getattr(state, "memory_key", ()) != self.llama._memory_key():
-            raise KeyError("the cached state belongs to other memories")
-        return state
-
-    def __contains__(self, tokens) -> bool:
-        return self._key(tokens) in self.cache
-
-    def __setitem__(self, tokens, state) -> None:
-        self.cache[self._key(tokens)] = state
+    def __getattr__(self, name: str):
+        raise ValueError("this MemoryLlama is closed; create another one")

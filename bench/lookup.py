@@ -26,6 +26,7 @@ from attnmem_local import native
 from attnmem_local.build import searchable
 from attnmem_local.capture import capture, prefill
 from attnmem_local.cli.common import DEFAULT_MODEL
+from attnmem_local.content import read_content
 from attnmem_local.memory import Entries, LayerMemory, Memory, quantize_rows, rows
 from attnmem_local.runtime import MemoryLlama
 from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
@@ -49,11 +50,11 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
     measured = []
     for n in SIZES:
         path, entries = write_memory(known, n, [layer])
-        handle = llama.load_memory(path).handle
+        memory = llama.load_memory(path)
         row, state = {"entries": n, "file_bytes": path.stat().st_size, "load_ms": load_ms(llama, path, repeat)}, {}
         for lookup in LOOKUPS:
             for batch in BATCHES:
-                state[lookup], row[f"us_{lookup}_{batch}"] = timed(handle, layer, test, lookup, batch, repeat)
+                state[lookup], row[f"us_{lookup}_{batch}"] = timed(memory.handle, layer, test, lookup, batch, repeat)
         for lookup in LOOKUPS[1:]:
             row[f"recall_at_1_{lookup}"] = float((state["scan"] == state[lookup]).all(-1).mean())
         row["comparisons_lists"] = statistics.fmean(listed(entries, h, test[t, h * n_group]) for t in range(N_COUNTED) for h in range(n_head_kv))
@@ -127,7 +128,8 @@ def load_ms(llama: MemoryLlama, path: Path, repeat: int) -> float:
     seconds = []
     for _ in range(repeat):
         start = time.perf_counter()
-        handle = native.init(llama.model, str(path))
+        content = read_content(path)
+        handle = native.init(llama.model, content)
         seconds.append(time.perf_counter() - start)
         native.free(handle)
     return 1000 * statistics.median(seconds)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import ask, open_llama
 from tiny import write_tiny
 
 from attnmem_local.budget import uniform_plan
@@ -98,3 +99,29 @@ def tiny(tmp_path_factory) -> Tiny:
 def tiny32(tmp_path_factory) -> Tiny:
     """With heads wide enough for a block of Q8_0."""
     return Tiny(tmp_path_factory.mktemp("tiny32"), head_dim=32)
+
+
+def save_exact(tiny, name: str, bias: float = 0.0) -> Path:
+    """An exact memory, whose keys weigh more or less than those of the prefix."""
+    memory = tiny.exact()
+    for layer in memory.layers[0].values():
+        layer.anchor.bias = layer.anchor.bias + np.float32(bias)
+    return tiny.save(memory, name)
+
+
+@pytest.fixture(scope="session")
+def one(tiny) -> Path:
+    return save_exact(tiny, "one")
+
+
+@pytest.fixture(scope="session")
+def two(tiny) -> Path:
+    return save_exact(tiny, "two", bias=-1.0)
+
+
+@pytest.fixture(scope="session")
+def answers(tiny, one, two) -> dict[tuple[Path, ...], str]:
+    """The answer of a fresh context to tiny.live, by what is attached."""
+    res = {paths: ask(open_llama(tiny, paths), tiny.live) for paths in ((), (one,), (two,), (one, two))}
+    assert len(set(res.values())) == len(res)
+    return res
