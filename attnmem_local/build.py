@@ -4,7 +4,6 @@ import math
 import os
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Sequence
 
 import numpy as np
@@ -22,6 +21,7 @@ from .entries.target import Target, segment_targets
 from .entries.token import REST, TOP_K, looked_up, rest_target
 from .entries.token_graph import token_graph
 from .hnsw import build_graph
+from .inputs import check_inputs
 from .lists import build_lists
 from .memory import KINDS, Entries, LayerMemory, Memory, check_space, reordered
 from .model import BuildModel, load_model
@@ -68,8 +68,7 @@ def build_memory(
     The same inputs and seed give the same file. Raises ValueError or OSError for bad input; writes nothing then.
     """
     progress = progress or Progress(quiet=True)
-    if out is not None and not Path(out).resolve().parent.is_dir():
-        raise FileNotFoundError(f"the folder of '{out}' does not exist")
+    check_inputs(model, prefix, queries, out)
     if share is not None and nbytes is not None:
         raise ValueError("give the size of the memory either as a share or in bytes")
 

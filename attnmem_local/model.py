@@ -8,9 +8,11 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from transformers import modeling_gguf_pytorch_utils
 
 from .capture import ATTENTION_NAME
 from .errors import Unsupported
+from .filekind import file_kind
 from .memory import ModelSpec
 from .tokenizer import GgufTokenizer, Tokenizer
 
@@ -59,10 +61,12 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel
     """Load a model to build from, with CUDA when there is a GPU (float32 on the CPU, bfloat16 on CUDA).
 
     path: a transformers directory or a GGUF file. device: "cpu", "cuda" for all GPUs that are needed, or one of them. Raises
-    ValueError for a model that they have no room for, Unsupported for architectures that are not known to work.
+    ValueError for a file that is no model, for a device that is not there or has no room for it, Unsupported for architectures
+    that are not known to work.
     """
     path = Path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     if path.is_dir():
         config = transformers.AutoConfig.from_pretrained(path)
         _architecture(config)
@@ -71,7 +75,7 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel
         tensors = _norms_of_module(module, _architecture(config)[0])
         vocab = tokenizer.vocab(config.vocab_size)
     else:
-        reader = gguf.GGUFReader(path)
+        reader = _read_gguf(path)
         architecture = reader.fields["general.architecture"].contents()
         if architecture not in {name for name, _ in _ARCHITECTURES.values()}:
             raise Unsupported(f"the architecture '{architecture}' is not supported by the builder; it knows {sorted(_ARCHITECTURES)}")
@@ -83,6 +87,25 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel
     module = module.eval().requires_grad_(False)
     spec = _spec(module.config, fingerprint_norms(tensors), fingerprint_vocab(vocab))
     return BuildModel(module, tokenizer, spec, _architecture(module.config)[1])
+
+
+def _check_device(device: str) -> None:
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"there is no device '{device}'; choose cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("PyTorch sees no GPU; build with --device cpu, or install a PyTorch for CUDA")
+
+
+def _read_gguf(path: Path) -> gguf.GGUFReader:
+    if (found := file_kind(path)) not in ("model", "unknown"):
+        raise ValueError(f"'{path}' is not a GGUF file" if found == "other" else f"'{path}' is a {found}; a model is needed here")
+    try:
+        reader = gguf.GGUFReader(path)
+        reader.fields["general.architecture"].contents(), reader.fields["tokenizer.ggml.tokens"]
+    except Exception as error:  # the reader checks little: a damaged file can fail in any of its expressions
+        raise ValueError(f"the model '{path}' is incomplete or damaged ({type(error).__name__}: {error})") from None
+    return reader
 
 
 def _module(folder: Path, device: str, **options) -> transformers.PreTrainedModel:
@@ -181,13 +204,16 @@ def _norms_of_module(module, architecture: str) -> dict:
 
 
 class _quiet:
-    """transformers prints a progress bar per tensor and a report of keys while it dequantizes a GGUF."""
+    """transformers prints progress bars and a report of keys while it dequantizes a GGUF."""
 
     def __enter__(self):
         self.level = transformers.logging.get_verbosity()
+        self.bar = modeling_gguf_pytorch_utils.tqdm
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # this one does not ask the logging
 
     def __exit__(self, *exception):
         transformers.logging.set_verbosity(self.level)
         transformers.logging.enable_progress_bar()
+        modeling_gguf_pytorch_utils.tqdm = self.bar

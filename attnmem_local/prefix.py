@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import PrefixMismatch
+from .texts import read_text
 
 
 @dataclass
@@ -34,8 +35,8 @@ def chat_prefix(tokenizer, messages: list[dict], parts: list[str] = ()) -> Prefi
 
 def read_prefix(tokenizer, paths: list[str | Path], system: bool = False) -> Prefix:
     """A prefix from files: one `.json` with chat messages, or parts of a text (with `system`, of the system message)."""
-    parts = [Path(path).read_text(encoding="utf-8") for path in paths]
-    if Path(paths[0]).suffix == ".json":
+    parts = [read_text(path) for path in paths]
+    if Path(paths[0]).suffix.lower() == ".json":
         if len(paths) > 1:
             raise ValueError("chat messages cannot be one of several parts; give one .json, or text files")
         return chat_prefix(tokenizer, parse_messages(parts[0]))

@@ -6,7 +6,9 @@ position gives an estimate of E (g·δ)² for all heads and tokens at once. Kept
 each KV head: it belongs to the model and changes little with the text, so it is measured once per model and cached.
 """
 
+import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Callable
 
@@ -14,14 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .capture import Packed, PrefixKV, spread
-from .errors import Unreadable
 
 TOKENS = 1536  # of live text that the gradients are averaged over
+MAX = 1e15  # larger numbers could overflow in a product
+
+_log = logging.getLogger(__name__)
 
 
 def cache_path(model) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return root / "attnmem" / f"sensitivity-{model.spec.fingerprint_norms}-{model.spec.block_count}.safetensors"
+    """Where the sensitivity of a model is kept. Raises RuntimeError if the user has no home folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "attnmem" / f"sensitivity-{model.spec.fingerprint_norms}-{model.spec.block_count}.safetensors"
 
 
 def sensitivity(
@@ -30,23 +35,65 @@ def sensitivity(
     """The cached sensitivity of a model, or measured on live text and cached: float32 [n_layer, n_head_kv, d_v, d_v].
 
     Half of error·S·error, summed over the query heads of a group, is what an error adds to the KL of that position.
+    A cache that is damaged or cannot be written costs time and a warning, nothing else. Raises ValueError for a model
+    whose gradients are not finite.
     """
-    path = cache_path(model)
-    spec = model.spec
-    shape = (spec.block_count, spec.head_count_kv, spec.value_length, spec.value_length)
-    if path.exists():
-        try:
-            found = load_file(path)["sensitivity"]
-        except Exception as error:  # a file of another program, or half of one
-            raise Unreadable(f"'{path}' is damaged ({error}); delete it to measure it again") from None
-        if found.shape == shape:
-            return found
+    try:
+        path = cache_path(model)
+    except RuntimeError as error:
+        _log.warning("the sensitivity of the model cannot be cached: %s", error)
+        path = None
+    if path is not None and (found := _cached(path, model.spec)) is not None:
+        return found
     found = measure(model, kv, spread(windows, TOKENS), seed, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({"sensitivity": found}, part)
-    os.replace(part, path)
+    if wrong := _wrong(found, model.spec):
+        raise ValueError(f"the sensitivity of this model cannot be measured: it {wrong}; the model seems to be damaged")
+    if path is not None:
+        _keep(found, path)
     return found
+
+
+def _cached(path: Path, spec) -> torch.Tensor | None:
+    """What a cache file holds; None if there is none, or, with a warning, if it cannot be a sensitivity of the model."""
+    try:
+        if not os.path.lexists(path):
+            return None
+        if not path.is_file():  # opening a FIFO would block
+            raise ValueError("is not a regular file")
+        found = load_file(path)["sensitivity"]
+        if wrong := _wrong(found, spec):
+            raise ValueError(wrong)
+        return found
+    except Exception as error:  # of another program, or half of one: safetensors raises many kinds
+        _log.warning("'%s' is damaged and the sensitivity of the model is measured again: %s", path, error)
+        return None
+
+
+def _wrong(found: torch.Tensor, spec) -> str | None:
+    """Why a tensor cannot be a mean of g·gᵀ for every KV head; None if it can."""
+    shape = (spec.block_count, spec.head_count_kv, spec.value_length, spec.value_length)
+    if found.dtype != torch.float32 or found.shape != shape:
+        return f"is {found.dtype} {list(found.shape)}, expected {torch.float32} {list(shape)}"
+    if not (found.abs() <= MAX).all():
+        return "has a value that is not finite or too large"
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    bound = (diagonal[..., None] * diagonal[..., None, :]).clamp(min=0).sqrt()  # Cauchy-Schwarz
+    if (diagonal < 0).any() or (found.abs() > 1.01 * bound + 1e-6 * diagonal.amax()).any() or not torch.allclose(found, found.mT):
+        return "has a matrix that is not positive semidefinite"
+    if (diagonal.sum((-2, -1)) == 0).any():
+        return "is zero in a whole layer"
+    return None
+
+
+def _keep(found: torch.Tensor, path: Path) -> None:
+    """Write a cache file under a temporary name, then rename it: several builds may share the folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=path.parent) as folder:
+            save_file({"sensitivity": found}, Path(folder) / path.name)
+            os.replace(Path(folder) / path.name, path)
+    except Exception as error:  # safetensors has exceptions of its own
+        _log.warning("the sensitivity of the model could not be cached, the next build measures it again: %s", error)
 
 
 def measure(model, kv: PrefixKV, windows: list[list[int]], seed: int, progress: Callable[[int], None] = lambda n: None) -> torch.Tensor:

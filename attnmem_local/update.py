@@ -12,6 +12,7 @@ from .budget import plan_for_bytes
 from .build import collect_queries, fit_memory, measure_and_save, query_names
 from .capture import prefill
 from .errors import WrongModel
+from .inputs import check_inputs
 from .memory import KINDS, LayerMemory, Memory, quantize_rows, rows
 from .model import BuildModel, load_model
 from .prefix import Prefix, read_prefix
@@ -39,6 +40,7 @@ def update_memory(
     Raises WrongModel if the memory is of another model, ValueError if nothing changed.
     """
     progress = progress or Progress(quiet=True)
+    check_inputs(model, prefix, queries, out)
     with progress.stage("load model"):
         old = memory if isinstance(memory, Memory) else Memory.load(memory)
         model = model if isinstance(model, BuildModel) else load_model(model, device)

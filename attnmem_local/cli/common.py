@@ -1,41 +1,124 @@
 """What all commands share: the default model, options that read the same everywhere, errors without tracebacks."""
 
 import functools
+import logging
+import math
+import sys
 from pathlib import Path
 
 import click
 
+from ..filekind import file_kind
+from .terminal import printable
+
 DEFAULT_MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+CTX_STEP = 256  # llama.cpp rounds the size of a context up to a multiple of it
+MAX_CTX = 2**24
+MAX_THREADS = 512  # of ggml
 
 
 class Group(click.Group):
     """Shows the errors that bad input causes as one line, and leaves those of the program as they are."""
 
     def invoke(self, context: click.Context):
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 lacks most characters
+        logging.getLogger("attnmem_local").addHandler(_WARNINGS)
         try:
             return super().invoke(context)
+        except BrokenPipeError:
+            raise  # whoever reads the output has enough of it: click ends the program quietly
+        except click.ClickException as error:
+            error.message = printable(error.message)  # names of files are text from elsewhere, too
+            raise
         except (OSError, ValueError, OverflowError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
-class _Model(click.ParamType):
-    name = "model"
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+_WARNINGS = _Warnings()
+
+
+def say(text: str) -> None:
+    """A remark that is not the result of the command."""
+    click.echo(printable(text), err=True)
+
+
+class _File(click.Path):
+    """A model or a memory; the other one in its place is told before anything is loaded."""
+
+    def __init__(self, wanted: str, folder: bool = False):
+        super().__init__(exists=True, readable=True, dir_okay=folder, path_type=Path)
+        self.wanted = self.name = wanted
 
     def convert(self, value, param, context) -> Path:
-        path = DEFAULT_MODEL if value == "default" else Path(value)
-        if not path.exists():
-            hint = "; run ./build.sh to fetch it" if value == "default" else ""
-            self.fail(f"there is no model at '{path}'{hint}", param, context)
+        if self.wanted == "model" and value == "default":
+            value = DEFAULT_MODEL
+            if not value.exists():
+                self.fail(f"there is no model at '{value}'; run ./build.sh to fetch it", param, context)
+        elif self.wanted == "model" and not Path(value).exists():
+            self.fail(f"there is no model at '{value}'", param, context)
+        path = super().convert(value, param, context)
+        if path.is_dir():
+            return path
+        if not path.is_file():
+            self.fail(f"'{path}' is not a regular file", param, context)
+        found = file_kind(path)
+        if found == "other":
+            self.fail(f"'{path}' is not a GGUF file; a {self.wanted} is needed here", param, context)
+        if found not in (self.wanted, "unknown"):
+            self.fail(f"'{path}' is {'an' if found == 'adapter' else 'a'} {found}; a {self.wanted} is needed here", param, context)
         return path
 
 
-model_argument = click.argument("model", type=_Model())
-file_type = click.Path(exists=True, dir_okay=False, path_type=Path)
+class Number(click.FloatRange):
+    """A finite number, as a decimal or as a fraction such as 1/16."""
+
+    name = "number"
+
+    def convert(self, value, param, context) -> float:
+        try:
+            number, slash, divisor = str(value).partition("/")
+            number = float(number) / float(divisor if slash else 1)
+        except (ValueError, ZeroDivisionError):
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"'{value}' is neither a number nor a fraction", param, context)
+        return super().convert(number, param, context)
+
+
+def _whole_steps(context, param, value: int) -> int:
+    size = -value // CTX_STEP * -CTX_STEP
+    if size != value:
+        say(f"note: the context has {size} tokens, as llama.cpp makes it of a multiple of {CTX_STEP}")
+    return size
+
+
+model_argument = click.argument("model", type=_File("model"))
+build_model_argument = click.argument("model", type=_File("model", folder=True))
+memory_type = _File("memory")
+file_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
+out_type = click.Path(dir_okay=False, path_type=Path)
+positive = click.IntRange(1)
 memory_option = click.option(
-    "-m", "--memory", "memories", multiple=True, required=True, type=file_type, help="A memory to attach; may be given several times."
+    "-m", "--memory", "memories", multiple=True, required=True, type=memory_type, help="A memory to attach; may be given several times."
 )
-threads_option = click.option("-t", "--threads", type=int, help="CPU threads.")
-ctx_option = click.option("-c", "--ctx", default=4096, show_default=True, help="Live tokens that fit into the context.")
+threads_option = click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: half of the cores]")
+ctx_option = click.option(
+    "-c",
+    "--ctx",
+    type=click.IntRange(1, MAX_CTX),
+    default=4096,
+    show_default=True,
+    callback=_whole_steps,
+    help=f"Live tokens that fit into the context, rounded up to a multiple of {CTX_STEP}.",
+)
+seed_option = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+device_option = click.option("--device", help="cpu or cuda.  [default: cuda when there is a GPU]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 queries_option = click.option(
     "-q",
@@ -67,6 +150,11 @@ def cache_options(command):
         return command(*args, **options)
 
     return wrapped
+
+
+def temp_option(default: float):
+    text = "Sampling temperature; 0 takes the most likely token."
+    return click.option("--temp", type=Number(0), default=default, show_default=True, help=text)
 
 
 def print_seconds(progress) -> None:

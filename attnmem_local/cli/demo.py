@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .common import DEFAULT_MODEL
+from .terminal import printable
 
 ROOT = Path(__file__).parents[2]
 HANDBOOK = ROOT / "build/tree/vendor/llama.cpp/tools/server/README.md"
@@ -69,7 +71,7 @@ def demo() -> None:
         if question == QUESTIONS[0]:
             console.print(f"[bold]{question}[/bold]")
             for name, tokens in answers.items():
-                console.print(f"[dim]{name}:[/dim] {_text(scorers[name], tokens)}", highlight=False)
+                console.print(Text(f"{name}: ", style="dim").append(printable(_text(scorers[name], tokens)), style="default"))
 
     table = Table("", *runs)
     table.add_row("prefix tokens in the context", str(len(memory.prefix_tokens)), "0", "0")

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import click
 
-from .common import file_type, model_argument, print_seconds, queries_option
+from .common import build_model_argument, device_option, file_type, memory_type, out_type, print_seconds, queries_option, seed_option
 
 
 @click.command()
-@click.argument("memory", type=file_type)
-@model_argument
+@click.argument("memory", type=memory_type)
+@build_model_argument
 @click.argument("prefix", type=file_type, nargs=-1, required=True)
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="The new memory file.  [default: MEMORY]")
+@click.option("-o", "--out", type=out_type, help="The new memory file.  [default: MEMORY]")
 @queries_option
-@click.option("--seed", default=0, show_default=True)
-@click.option("--device", help="cpu or cuda.  [default: cuda when there is a GPU]")
+@seed_option
+@device_option
 def update(memory: Path, model: Path, prefix: tuple[Path, ...], out: Path | None, queries: tuple[str, ...], **options) -> None:
     """Rebuild those parts of MEMORY whose text has changed.
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ..prefix import Prefix, drop_prefix, with_prefix_messages
+from ..texts import read_text
 
 
 def read_traces(path: str | Path) -> list[str | list[dict]]:
@@ -11,17 +12,29 @@ def read_traces(path: str | Path) -> list[str | list[dict]]:
 
     `.jsonl`: one JSON object per line with "text" or "messages"; anything else is one text. Raises ValueError.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    if Path(path).suffix != ".jsonl":
-        return [text]
-    found = []
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
-        try:
-            row = json.loads(line)
-            found.append(row["messages"] if "messages" in row else row["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with 'text' or 'messages'") from None
+    text = read_text(path)
+    if Path(path).suffix.lower() != ".jsonl":
+        found = [text]
+    else:
+        found = [_trace(line, f"'{path}', line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not any(found):
+        raise ValueError(f"'{path}' has no text")
     return found
+
+
+def _trace(line: str, where: str) -> str | list[dict]:
+    try:
+        row = json.loads(line)
+        trace = row["messages"] if "messages" in row else row["text"]
+        json.dumps(trace, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: half of a surrogate pair, which is no character") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{where}: expected a JSON object with 'text' or 'messages'") from None
+    is_chat = isinstance(trace, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in trace)
+    if not (is_chat if "messages" in row else isinstance(trace, str)):
+        raise ValueError(f"{where}: 'text' is a string, 'messages' a list of objects, each with a role and a content")
+    return trace
 
 
 def traces(tokenizer, prefix: Prefix, found: list[str | list[dict] | list[int]], window: int) -> list[list[int]]:
