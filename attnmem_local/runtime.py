@@ -8,10 +8,12 @@ import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from .attachments import Attached, Attachments, check_lookup
-from .errors import MemoryRefused, StaleStream
+from .errors import MemoryRefused, StaleStream, Unsupported
 from .loaded import LoadedMemory
 from .prefix import drop_prefix, with_prefix_messages
 from .saved_state import CacheByMemory, MemoryState, bind, unbind
+
+_NOT_OF_ATTENTION = ("general.", "tokenizer.")  # keys of a model file that change no key or value of the prefix
 
 
 class MemoryLlama(llama_cpp.Llama):
@@ -72,6 +74,11 @@ class MemoryLlama(llama_cpp.Llama):
         names it. The live tokens are forgotten, and a stream that is being read ends with StaleStream.
         Raises MemoryRefused, changing nothing, for a memory that cannot be used here.
         """
+        if changed := [key for key in self.kv_overrides or () if not key.startswith(_NOT_OF_ATTENTION)]:
+            raise Unsupported(
+                f"kv_overrides changes {', '.join(changed)}: a memory was built from the model as its file says; "
+                "leave that out, or write the change into the file and build from it"
+            )
         loaded = self._attachments.attach(memory, gain)
         self._settle()
         return loaded

@@ -104,11 +104,11 @@ def test_an_option_that_a_memory_works_with(tiny64, exact, options):
     [
         ({"rope_freq_base": 5e5}, "RoPE base"),
         ({"rope_freq_scale": 0.5}, "RoPE base"),
-        ({"kv_overrides": {"llama.rope.scaling.factor": 2.0}}, "RoPE base"),
+        ({"kv_overrides": {"llama.rope.scaling.factor": 2.0}}, "kv_overrides changes llama.rope.scaling.factor"),
+        ({"kv_overrides": {"llama.attention.layer_norm_rms_epsilon": 1e-2}}, "layer_norm_rms_epsilon"),
         ({"rope_scaling_type": llama_cpp.LLAMA_ROPE_SCALING_TYPE_YARN}, "YaRN"),
         ({"yarn_ext_factor": 1.0}, "YaRN"),
         ({"yarn_attn_factor": 1.5}, "yarn_attn_factor"),
-        ({"kv_overrides": {"llama.rope.scaling.attn_factor": 1.5}}, "yarn_attn_factor"),
         ({"attention_type": llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL}, "causal"),
         ({"embedding": True}, "embeddings"),
         (cache("q8_0") | {"lookup": "stock"}, "quantized KV cache"),

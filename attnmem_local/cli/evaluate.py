@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .common import cache_options, file_type, json_option, model_argument, threads_option
+from .common import cache_options, file_type, json_option, memory_type, model_argument, positive, threads_option
 
 
 @click.group("eval")
@@ -18,8 +18,8 @@ def evaluate() -> None:
 @evaluate.command()
 @model_argument
 @click.argument("prefix", type=file_type)
-@click.option("-n", "--tokens", default=1000, show_default=True, help="Length of the prefix; the text after it is the live text.")
-@click.option("--live", default=384, show_default=True, help="Length of the live text.")
+@click.option("-n", "--tokens", type=positive, default=1000, show_default=True, help="Length of the prefix; the text after it is the live text.")
+@click.option("--live", type=positive, default=384, show_default=True, help="Length of the live text.")
 @cache_options
 @json_option
 def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool, **options) -> None:
@@ -29,10 +29,11 @@ def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool, **op
     of the prefix itself when it is run with the same options.
     """
     from ..evaluate import exactness
-    from ..tokenizer import GgufTokenizer
     from ..progress import Progress
+    from ..texts import read_text
+    from ..tokenizer import GgufTokenizer
 
-    text = GgufTokenizer(model).encode(prefix.read_text(encoding="utf-8"), add_bos=True)
+    text = GgufTokenizer(model).encode(read_text(prefix), add_bos=True)
     if len(text) < tokens + live:
         raise ValueError(f"'{prefix}' has {len(text)} tokens, {tokens} + {live} are needed; lower --tokens or --live")
     result = exactness(model, text[:tokens], text[tokens : tokens + live], progress=Progress(quiet=as_json), **options)
@@ -41,10 +42,10 @@ def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool, **op
 
 @evaluate.command()
 @model_argument
-@click.argument("memory", type=file_type)
+@click.argument("memory", type=memory_type)
 @click.argument("text", type=file_type)
-@click.option("--window", default=384, show_default=True, help="Tokens of TEXT that follow the prefix at a time.")
-@click.option("--windows", default=4, show_default=True, help="How many windows of TEXT are scored at most.")
+@click.option("--window", type=positive, default=384, show_default=True, help="Tokens of TEXT that follow the prefix at a time.")
+@click.option("--windows", type=positive, default=4, show_default=True, help="How many windows of TEXT are scored at most.")
 @threads_option
 @cache_options
 @json_option
