@@ -1,18 +1,24 @@
 """MemoryLlama: a llama_cpp.Llama that answers with memories instead of prefixes."""
 
 import hashlib
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
+import jinja2
 import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from . import native
+from .chat import parse_date, parse_messages, parse_tools
+from .completion import LivePrompt, RenderedChat
 from .content import read_content
 from .errors import Invalid, MemoryRefused
-from .prefix import drop_prefix, parse_messages, with_prefix_messages
+from .live import live_chat, live_prompt
+from .prefix import Prefix
+from .tokenizer import GgufTokenizer
 
 
 class LoadedMemory:
@@ -23,12 +29,18 @@ class LoadedMemory:
         self._content = read_content(path)
         self._handle: int | None = native.init(llama.model, self._content)
         self._changed = self.path.stat().st_mtime_ns
-        messages = native.metadata(self.handle, "attnmem.prefix.messages")
+        self.prefix_text = self.metadata("attnmem.prefix.text") or ""
+        self.prefix_messages = self._parsed("attnmem.prefix.messages", parse_messages)
+        self.prefix_tools = self._parsed("attnmem.prefix.tools", parse_tools)
+        self.prefix_date = self._parsed("attnmem.prefix.date", parse_date)
+
+    def _parsed(self, key: str, parse: Callable[[str], Any]) -> Any:
+        text = self.metadata(key)
         try:
-            self.prefix_messages = None if messages is None else parse_messages(messages)
+            return None if text is None else parse(text)
         except ValueError as error:
             native.free(self.handle)
-            raise Invalid(f"the key 'attnmem.prefix.messages' of '{path}': {error}") from None
+            raise Invalid(f"the key '{key}' of '{self.path}': {error}") from None
 
     @property
     def handle(self) -> int:
@@ -40,6 +52,16 @@ class LoadedMemory:
     def prefix_tokens(self) -> list[int]:
         """The tokens that the memory stands for; not kept, as a list of them takes ten times their bytes."""
         return native.prefix_tokens(self.handle)
+
+    def last_token(self) -> list[int]:
+        """What is fed where nothing follows the prefix: an answer needs a live token."""
+        if not (last := self.prefix_tokens[-1:]):
+            raise ValueError("the prompt is empty, and so is the prefix of the memory")
+        return last
+
+    @property
+    def prefix(self) -> Prefix:
+        return Prefix(self.prefix_tokens, self.prefix_text, self.prefix_messages, tools=self.prefix_tools, date=self.prefix_date)
 
     def metadata(self, key: str) -> str | None:
         """A scalar metadata value of the file as text, None if it has no such key."""
@@ -77,9 +99,13 @@ class MemoryLlama(llama_cpp.Llama):
         if lookup not in native.LOOKUPS:
             raise ValueError(f"lookup must be one of {sorted(native.LOOKUPS)}, not '{lookup}'")
         self._lookup = lookup
-        super().__init__(model_path, **options)
-        if not {"chat_format", "chat_handler"} & options.keys() and "chat_template.default" in self._chat_handlers:
+        try:
+            super().__init__(model_path, **options)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template of '{model_path}' is broken: {error}, in line {error.lineno}") from None
+        if "chat_template.default" in self._chat_handlers and not (options.get("chat_format") or options.get("chat_handler")):
             self.chat_format = "chat_template.default"  # prefixes are rendered with the model's own template
+        self._tokenizer = GgufTokenizer(self._model)
         for item in [memory] if isinstance(memory, (str, Path, LoadedMemory)) else memory or ():
             self.attach(item)
 
@@ -137,36 +163,33 @@ class MemoryLlama(llama_cpp.Llama):
     # the prefix is never fed twice
 
     def create_chat_completion(self, messages, *args, **options):
-        """As in llama_cpp.Llama; the messages of the memory's prefix need not be repeated.
+        """As in llama_cpp.Llama; the messages and tools of the memory's prefix need not be repeated.
 
         Raises PrefixMismatch if the rendered chat does not begin with the prefix of the first attached memory.
         """
         leader = self._leader()
         if leader is None:
             return super().create_chat_completion(messages, *args, **options)
-        if leader.prefix_messages is None:
-            raise MemoryRefused(
-                f"'{leader.path}' was built from plain text, which no chat template begins with; "
-                "for chat, build it from chat messages or with --system"
-            )
-        self._drop_prefix = leader.prefix_tokens
-        try:
-            return super().create_chat_completion(with_prefix_messages(messages, leader.prefix_messages), *args, **options)
-        finally:
-            self._drop_prefix = None
+        if self.chat_handler or (self.chat_format != "chat_template.default" and "chat_template.default" in self._chat_handlers):
+            raise MemoryRefused("a chat with a memory is written with the model's own template; leave out chat_format and chat_handler")
+        given = inspect.signature(llama_cpp.Llama.create_chat_completion).bind(self, messages, *args, **options)
+        given.apply_defaults()
+        request = given.arguments
+        del request["self"]
+        asked = {name: request[name] for name in ("functions", "function_call", "tool_choice")}
+        live = live_chat(self._tokenizer, leader.prefix, messages, request["tools"], **asked)
+        request["tools"] = leader.prefix_tools or request["tools"]
+        return RenderedChat(self, live or leader.last_token()).complete(request)
 
-    _drop_prefix: list[int] | None = None
+    def create_completion(self, prompt, suffix=None, *args, **options):
+        """As in llama_cpp.Llama; a text prompt continues the memory's prefix, without another BOS, or repeats it.
 
-    def create_completion(self, prompt, *args, **options):
-        """As in llama_cpp.Llama; a text prompt continues the memory's prefix, without another BOS."""
-        if self._drop_prefix is not None:  # a rendered chat
-            prompt = drop_prefix(prompt, self._drop_prefix)
-        elif (leader := self._leader()) is not None and options.get("suffix") is None:
-            tokens = self.tokenize(prompt.encode(), add_bos=False, special=True) if isinstance(prompt, str) else list(prompt)
-            prefix = leader.prefix_tokens
-            n = len(prefix)
-            prompt = tokens[n:] if tokens[:n] == prefix else tokens
-        return super().create_completion(prompt, *args, **options)
+        An empty one goes on after the prefix, whose last token is fed again.
+        """
+        if (leader := self._leader()) is not None and suffix is None:
+            live = live_prompt(self._tokenizer, leader.prefix, prompt if isinstance(prompt, str) else list(prompt))
+            prompt = LivePrompt(live or leader.last_token(), prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt))
+        return super().create_completion(prompt, suffix, *args, **options)
 
     def _leader(self) -> LoadedMemory | None:
         return self._attached[0].memory if self._attached else None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import file_type, model_argument, print_seconds, queries_option
+from .common import file_type, model_argument, print_seconds, queries_option, tools_option
 
 
 @click.command()
@@ -15,6 +15,7 @@ from .common import file_type, model_argument, print_seconds, queries_option
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Size of the memory as a share of the prefix's F16 KV cache.  [default: 1/8, less for a prefix so long that tokens would be slower]")
 @click.option("--bytes", "nbytes", type=click.IntRange(1), help="Size of the memory in bytes, instead of --share.")
 @click.option("--system", is_flag=True, help="The text of PREFIX is the system message of a chat.")
+@tools_option
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cpu or cuda.  [default: cuda when there is a GPU]")
 def build(model: Path, prefix: tuple[Path, ...], out: Path | None, queries: tuple[str, ...], **options) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from ..chat import parse_tools
+
 DEFAULT_MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -15,6 +17,16 @@ class Group(click.Group):
             return super().invoke(context)
         except (OSError, ValueError, OverflowError) as error:
             raise click.ClickException(str(error)) from error
+
+
+class _Tools(click.ParamType):
+    name = "file"
+
+    def convert(self, value, param, context) -> list[dict]:
+        try:
+            return parse_tools(Path(value).read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            self.fail(f"'{value}': {error}", param, context)
 
 
 class _Model(click.ParamType):
@@ -35,6 +47,7 @@ memory_option = click.option(
 )
 threads_option = click.option("-t", "--threads", type=int, help="CPU threads.")
 ctx_option = click.option("-c", "--ctx", default=4096, show_default=True, help="Live tokens that fit into the context.")
+tools_option = click.option("--tools", type=_Tools(), help="A .json with the tools of the chat, as OpenAI clients send them; they become part of the prefix.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 queries_option = click.option(
     "-q",

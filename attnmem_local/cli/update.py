@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import file_type, model_argument, print_seconds, queries_option
+from .common import file_type, model_argument, print_seconds, queries_option, tools_option
 
 
 @click.command()
@@ -13,6 +13,7 @@ from .common import file_type, model_argument, print_seconds, queries_option
 @click.argument("prefix", type=file_type, nargs=-1, required=True)
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="The new memory file.  [default: MEMORY]")
 @queries_option
+@tools_option
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cpu or cuda.  [default: cuda when there is a GPU]")
 def update(memory: Path, model: Path, prefix: tuple[Path, ...], out: Path | None, queries: tuple[str, ...], **options) -> None:
