@@ -57,7 +57,8 @@ def check_text(text: str, what: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} has half a character, {text[error.start]!r}, at character {error.start}: it was cut or decoded wrongly; give it as UTF-8"
+            f"{what} has half a character, {text[error.start]!r}, at character {error.start}: it was cut or decoded wrongly; "
+            "give it as UTF-8"
         ) from None
     return text
 

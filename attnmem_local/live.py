@@ -165,8 +165,8 @@ def _mismatch(tokenizer, prefix: Prefix, chat: list[dict], tools, render) -> Pre
         )
     if prefix.date is None and tokenizer.template.writes_date(chat, tools):
         return PrefixMismatch(
-            f"the date differs: the chat template writes the current one into the prefix, and this memory does not keep that of its build: {sides}; "
-            "build it again"
+            "the date differs: the chat template writes the current one into the prefix, and this memory does not keep that of its build: "
+            f"{sides}; build it again"
         )
     if fits([*prefix.messages, {"role": "user", "content": "A"}]):
         following = next((f"one of the role '{m['role']}'" for m in chat[len(prefix.messages) :]), "none")

@@ -15,7 +15,10 @@ from .chat import check_json, marked, normalised, parse_messages
 from .errors import Unsupported
 
 # What a user's message may begin with. Only the first ones matter where the template ends in a special token.
-_PROBES = ("A", "9", "\n", "\n\nx", " x", "    x", "\t", "\r\n", ".", "'s", "\"", ")", "/", "-", "é", "。", "🙂", "<|im_end|>", "[/INST]", "")
+_PROBES = (
+    *("A", "9", "\n", "\n\nx", " x", "    x", "\t", "\r\n", ".", "'s", '"', ")", "/", "-", "é", "。", "🙂"),
+    *("<|im_end|>", "[/INST]", ""),
+)
 _SEARCHED = 256  # characters before the user's message
 _WAY_OUT = 'give the text as a .json of chat messages: [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "OK"}]'
 
@@ -171,7 +174,9 @@ def _refused(template, messages: list[dict], error: ValueError) -> ValueError:
     if any(m["role"] == "system" for m in messages) and takes(_user("A")) and not takes({"role": "system", "content": "S"}, _user("A")):
         return ValueError(f"this model takes no system message; {_WAY_OUT} ({error})")
     if messages and messages[-1]["role"] == "user" and takes(*messages, _assistant("OK"), _user("A")):
-        return ValueError(f"the prefix ends with a user's message, and the next one comes from the user, too; end it with an answer of the assistant ({error})")
+        return ValueError(
+            f"the prefix ends with a user's message, and the next one comes from the user, too; end it with an answer of the assistant ({error})"
+        )
     return error
 
 

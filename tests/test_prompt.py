@@ -1,11 +1,13 @@
 """Prefixes and prompts as a user gives them: what a memory takes in, what a live prompt may look like, and what is refused."""
 
 import json
+import struct
 from dataclasses import replace
 
 import llama_cpp
 import pytest
 from click.testing import CliRunner
+from conftest import ROOT
 from tiny import write_tiny
 
 from attnmem_local import errors
@@ -23,13 +25,19 @@ from attnmem_local.runtime import MemoryLlama
 from attnmem_local.template import ChatTemplate
 from attnmem_local.tokenizer import GgufTokenizer
 
+TEMPLATES = ROOT / "build/tree/vendor/llama.cpp/models/templates"
 HANDBOOK = "The desk opens at 9:00. A ticket costs 4 euro.\n"
 SYSTEM = {"role": "system", "content": HANDBOOK}
 EXAMPLES = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 HI = {"role": "user", "content": "Hi"}
 OK = {"role": "assistant", "content": "OK"}
-HOURS, PRICES = ({"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}} for name in ("hours", "prices"))
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "hours", "arguments": "{}"}}]}
+NOTHING = {"type": "object", "properties": {}}
+HOURS, PRICES = ({"type": "function", "function": {"name": name, "parameters": NOTHING}} for name in ("hours", "prices"))
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "hours", "arguments": "{}"}}],
+}
 ANSWER = {"role": "tool", "tool_call_id": "1", "content": "9:00"}
 
 _CHATML = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -39,8 +47,8 @@ CHATML = "{% for m in messages %}" + _CHATML + "{% endfor %}" + _ASK
 QWEN2 = (
     "{{ '<|im_start|>system\n' + (messages[0].content if messages[0].role == 'system' else 'You are Qwen.') }}"
     "{% if tools %}{{ '\n# Tools' }}{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
-    "{% for m in messages %}{% if m.role in ('user', 'tool') or (m.role == 'system' and not loop.first) %}" + _CHATML + "{% elif m.role == 'assistant' %}"
-    "{{ '<|im_start|>assistant\n' }}{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for m in messages %}{% if m.role in ('user', 'tool') or (m.role == 'system' and not loop.first) %}" + _CHATML
+    + "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% if m.content %}{{ m.content }}{% endif %}"
     "{% for call in m.tool_calls %}{{ '<tool_call>' + call.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}" + _ASK
 )
 MISTRAL = (  # the system message stands in the user's last one
@@ -50,12 +58,17 @@ MISTRAL = (  # the system message stands in the user's last one
 )
 FIRST_USER = MISTRAL.replace("loop.last", "loop.index0 == 1")
 PLAIN = (  # no special tokens
-    "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-DATE = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '.\n' + messages[0].content + '<|im_end|>\n' }}{% for m in messages[1:] %}" + _CHATML + "{% endfor %}" + _ASK
+DATE = (
+    "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '.\n' + messages[0].content + '<|im_end|>\n' }}"
+    "{% for m in messages[1:] %}" + _CHATML + "{% endfor %}" + _ASK
+)
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate user/assistant') }}{% endif %}" + _CHATML + "{% endfor %}" + _ASK
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate user/assistant') }}{% endif %}"
+    + _CHATML + "{% endfor %}" + _ASK
 )
 
 
@@ -116,7 +129,10 @@ def fed(llama) -> str:
 
 # the user's message
 
-BEGINNINGS = ("Hi", "9", "\nHi", "\n\n\nHi", "  Hi", "    def f():\n        pass", "\t\tHi", "\r\nHi", " \n Hi", "", " ", "'s", ".", "…", "。好", "🙂", "é", "<|im_end|>", "[INST]")
+BEGINNINGS = (
+    *("Hi", "9", "\nHi", "\n\n\nHi", "  Hi", "    def f():\n        pass", "\t\tHi", "\r\nHi", " \n Hi", "", " "),
+    *("'s", ".", "…", "。好", "🙂", "é", "<|im_end|>", "[INST]"),
+)
 
 
 @pytest.mark.parametrize("source", [None, QWEN2, PLAIN, FIRST_USER], ids=["default", "qwen2", "plain", "first-user"])
@@ -245,7 +261,7 @@ def test_echo_shows_the_prompt(files):
     ([{"role": "System", "content": HANDBOOK}], "does not write message 1, with the role 'System'"),
     ([SYSTEM, {"role": "critic", "content": "x"}], "message 2, with the role 'critic'"),
     ([], "empty"),
-    ([{"role": "system", "content": " "[:0]}], "empty"),
+    ([{"role": "system", "content": ""}], "empty"),
 ])
 def test_a_message_that_the_template_leaves_out_is_refused(qwen2, messages, says):
     with pytest.raises(ValueError, match=says):
@@ -340,9 +356,13 @@ def test_a_question_that_is_also_an_example_is_asked(default):
 
 
 @pytest.mark.parametrize("own, live, says", [
-    ([SYSTEM], [{"role": "system", "content": HANDBOOK.replace("4", "5")}, HI], "another one: the memory has '… A ticket costs 4 euro.*the chat '… A ticket costs 5 euro.*leave it out"),
+    (
+        [SYSTEM],
+        [{"role": "system", "content": HANDBOOK.replace("4", "5")}, HI],
+        "another one: the memory has '… A ticket costs 4 euro.*the chat '… A ticket costs 5 euro.*leave it out",
+    ),
     ([SYSTEM, *EXAMPLES], [SYSTEM, {"role": "system", "content": "Be brief."}, HI], "another one: the chat goes on with 'Be brief.'"),
-    (EXAMPLES, [SYSTEM, HI], "has a system message, 'The desk.*the memory holds none.*role 'user', '2\\+2'.*leave the system message out"),
+    (EXAMPLES, [SYSTEM, HI], "system message, 'The desk.*the memory holds none.*role 'user', '2\\+2'.*leave the system message out"),
 ])
 def test_a_chat_with_another_system_message_says_so(default, own, live, says):
     with pytest.raises(errors.PrefixMismatch, match=says):
@@ -374,6 +394,25 @@ def test_a_template_that_moves_the_system_message_is_refused_and_the_way_out_wor
         prefix = chat_prefix(tokenizer, messages)
         for chat in ([HI], [HI, OK, HI]):
             assert prefix.text + tokenizer.decode(live_chat(tokenizer, prefix, chat)) == tokenizer.template.render([*messages, *chat])
+
+
+@pytest.mark.parametrize("name", [
+    *("Qwen-Qwen3-0.6B", "Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.2-3B-Instruct", "openai-gpt-oss-120b"),
+    *("mistralai-Mistral-Nemo-Instruct-2407", "google-gemma-2-2b-it"),
+])
+def test_chats_of_real_models_go_on(name):
+    """Templates that llama.cpp has for its own tests; the last two take a document in place of a system message."""
+    tokenizer = WithTemplate((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
+    for messages in ([SYSTEM], [user(HANDBOOK), OK]):
+        try:
+            prefix = chat_prefix(tokenizer, messages, date="2020-02-03T04:05:06")
+        except ValueError as error:
+            assert messages == [SYSTEM] and ("Mistral" in name or "gemma" in name) and "json of chat messages" in str(error)
+            continue
+        for chat in ([user("\n\n  Hi")], [HI, OK, HI]):
+            live = tokenizer.decode(live_chat(tokenizer, prefix, chat))
+            assert prefix.text + live == tokenizer.template.render([*messages, *chat], date=prefix.date)
+    assert HANDBOOK.strip() in prefix.text and len(live) < 300
 
 
 def test_a_model_without_system_role_names_the_way_out():
@@ -492,3 +531,11 @@ def test_both_readers_refuse_tools_and_dates_that_are_none(files, tiny):
         for read in (Memory.load, llama.load_memory):
             with pytest.raises(errors.Invalid, match=f"attnmem.prefix.{next(iter(changed)).removeprefix('prefix_')}"):
                 read(path)
+    path = tiny.save(replace(memory, prefix_date="20261125"), "bad")
+    string = struct.pack("<IQ8s", 8, 8, b"20261125")
+    array = struct.pack("<IIQI", 9, 4, 1, 20261125)  # of one u32, as long as the string
+    assert path.read_bytes().count(b"attnmem.prefix.date" + string) == 1
+    path.write_bytes(path.read_bytes().replace(string, array))
+    for read in (Memory.load, llama.load_memory):
+        with pytest.raises(errors.Invalid, match="attnmem.prefix.date"):
+            read(path)
