@@ -163,7 +163,7 @@ def _mismatch(tokenizer, prefix: Prefix, chat: list[dict], tools, render) -> Pre
             f"the tools differ: the memory was built with none, the chat has {tool_names(tools)}, and the chat template writes them into "
             f"the prefix: {sides}; leave them out, or build the memory with --tools"
         )
-    if prefix.date is None and tokenizer.template.writes_date(chat, tools):
+    if prefix.date is None and len(set(tokenizer.template.on_other_days(chat, tools))) > 1:
         return PrefixMismatch(
             "the date differs: the chat template writes the current one into the prefix, and this memory does not keep that of its build: "
             f"{sides}; build it again"

@@ -11,7 +11,7 @@ from datetime import datetime
 from os.path import commonprefix
 from pathlib import Path
 
-from .chat import check_json, marked, normalised, parse_messages
+from .chat import check_json, checked_tools, marked, normalised, parse_messages
 from .errors import Unsupported
 
 # What a user's message may begin with. Only the first ones matter where the template ends in a special token.
@@ -65,6 +65,7 @@ def chat_prefix(
     template = tokenizer.template
     messages = normalised(messages)
     check_json(messages, "the chat messages")
+    tools = checked_tools(tools) if tools else None
     if not tools and not any(m["content"] or m.get("tool_calls") for m in messages):
         raise ValueError("the chat messages of the prefix are empty")
     date = date or datetime.now().isoformat(timespec="seconds")
@@ -95,7 +96,7 @@ def chat_prefix(
     encoded = [tokenizer.encode(chat, add_bos=False) for chat in chats]
     tokens, end = _end(tokenizer, opening, own_end, encoded)
     prefix = Prefix(tokens, opening[:end], messages, _offset(tokenizer, tokens, opening[:end], parts), tools)
-    if template.writes_date([*messages, _user("A")], tools):
+    if any(not chat.startswith(prefix.text) for chat in template.on_other_days([*messages, _user("A")], tools)):
         prefix.date = date
     _check_stays(text, prefix)
     return prefix

@@ -8,6 +8,8 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .chat import check_text
 
+_OTHER_DAYS = ("2001-02-03T04:05:06", "1999-11-22T17:38:49")  # no field of a date, nor the weekday, is in both
+
 
 class ChatTemplate:
     """Raises ValueError if the template is not one."""
@@ -29,16 +31,9 @@ class ChatTemplate:
         now = datetime.now() if date is None else datetime.fromisoformat(date)
         return self._render(messages, now.strftime, tools, add_generation_prompt, options)
 
-    def writes_date(self, messages: list[dict], tools: list[dict] | None = None) -> bool:
-        """Whether the text of these messages depends on the time."""
-        asked = []
-
-        def strftime_now(form: str) -> str:
-            asked.append(form)
-            return datetime.now().strftime(form)
-
-        self._render(messages, strftime_now, tools, True, {})
-        return bool(asked)
+    def on_other_days(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
+        """The text of these messages at two times that have nothing in common: what differs depends on the time."""
+        return [self.render(messages, tools, date) for date in _OTHER_DAYS]
 
     def _render(self, messages: list[dict], strftime_now, tools, add_generation_prompt: bool, options: dict) -> str:
         def text(content_of_none) -> str:
