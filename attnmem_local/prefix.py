@@ -176,7 +176,8 @@ def _refused(template, messages: list[dict], error: ValueError) -> ValueError:
         return ValueError(f"this model takes no system message; {_WAY_OUT} ({error})")
     if messages and messages[-1]["role"] == "user" and takes(*messages, _assistant("OK"), _user("A")):
         return ValueError(
-            f"the prefix ends with a user's message, and the next one comes from the user, too; end it with an answer of the assistant ({error})"
+            "the prefix ends with a user's message, and the next one comes from the user, too; "
+            f"end it with an answer of the assistant ({error})"
         )
     return error
 

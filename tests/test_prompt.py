@@ -371,7 +371,7 @@ def test_a_chat_with_another_system_message_says_so(default, own, live, says):
 
 def test_another_template_is_told_from_another_text(default):
     prefix = chat_prefix(default, [SYSTEM])
-    with pytest.raises(errors.PrefixMismatch, match="chat template differs.*the memory has '<|im_start|>system.*the chat 'SYSTEM: The desk"):
+    with pytest.raises(errors.PrefixMismatch, match="chat template differs.*memory has '<|im_start|>system.*the chat 'SYSTEM: The desk"):
         live_chat(WithTemplate(PLAIN), prefix, [HI])
 
 
