@@ -51,6 +51,7 @@ def build_memory(
     nbytes: int | None = None,
     queries: Sequence[str | list] = ("repeat", "self-study"),
     system: bool = False,
+    tools: list[dict] | None = None,
     windows: int = 24,
     seed: int = 0,
     device: str | None = None,
@@ -64,6 +65,7 @@ def build_memory(
     share, nbytes: the size of the memory, as a share of the prefix's F16 KV cache or in bytes.  [default: default_bytes]
     queries: where queries come from: "repeat", "self-study", the path of a file of traces, or a list of traces.
     system: the text of the file is the system message of a chat.
+    tools: tools of the chat, as OpenAI clients send them; they become part of the prefix.
     windows: how many windows of live text self-study writes.
     The same inputs and seed give the same file. Raises ValueError or OSError for bad input; writes nothing then.
     """
@@ -74,7 +76,7 @@ def build_memory(
 
     with progress.stage("load model"):
         model = model if isinstance(model, BuildModel) else load_model(model, device)
-        prefix = _prefix(model, prefix, system)
+        prefix = _prefix(model, prefix, system, tools)
         if not prefix.tokens:
             raise ValueError("the prefix is empty")
         if nbytes is None:
@@ -161,6 +163,8 @@ def fit_memory(
         prefix_tokens=prefix.tokens,
         prefix_text=prefix.text,
         prefix_messages=prefix.messages,
+        prefix_tools=prefix.tools,
+        prefix_date=prefix.date,
         segment_offset=prefix.offset,
         layers=[(keep or {}).get(s, {}) for s in range(len(prefix.offset) - 1)],
         token_top_k=TOP_K,
@@ -260,14 +264,15 @@ def exact_memory(model: BuildModel, prefix: Prefix, kv: PrefixKV) -> Memory:
         il: LayerMemory(anchor=join_heads([exact_anchors(k, v) for k, v in zip(kv.k[il], kv.v[il])], model.to_gguf_order))
         for il in range(model.spec.block_count)
     }
-    return Memory(model.spec, prefix.tokens, prefix.text, [layers], [0, len(prefix.tokens)], prefix.messages)
+    offset = [0, len(prefix.tokens)]
+    return Memory(model.spec, prefix.tokens, prefix.text, [layers], offset, prefix.messages, prefix.tools, prefix.date)
 
 
-def _prefix(model: BuildModel, prefix, system: bool) -> Prefix:
+def _prefix(model: BuildModel, prefix, system: bool, tools: list[dict] | None) -> Prefix:
     if isinstance(prefix, Prefix):
         return prefix
     if isinstance(prefix, (str, os.PathLike)):
         prefix = [prefix]
-    if isinstance(prefix[0], dict):
-        return chat_prefix(model.tokenizer, prefix)
-    return read_prefix(model.tokenizer, prefix, system)
+    if not prefix or isinstance(prefix[0], dict):
+        return chat_prefix(model.tokenizer, prefix, tools=tools)
+    return read_prefix(model.tokenizer, prefix, system, tools)

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Sequence
 
-from .prefix import parse_messages
+from .chat import parse_messages
 from .queries.traces import read_traces
 from .texts import read_text
 

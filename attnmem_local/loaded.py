@@ -5,14 +5,16 @@ import os
 import weakref
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Callable
 
 import numpy as np
 from llama_cpp._internals import LlamaModel
 
 from . import native
+from .chat import parse_date, parse_messages, parse_tools
 from .content import read_content
 from .errors import Invalid, Unreadable
-from .prefix import parse_messages
+from .prefix import Prefix
 
 
 class LoadedMemory:
@@ -36,11 +38,17 @@ class LoadedMemory:
             self.fingerprint  # computed while the file is still what is loaded
         self._handle = native.init(model.model, self._content)
         weakref.finalize(self, _free, model, self._handle, self._content).atexit = False
-        messages = native.metadata(self.handle, "attnmem.prefix.messages")
+        self.prefix_text = self.metadata("attnmem.prefix.text") or ""
+        self.prefix_messages = self._parsed("attnmem.prefix.messages", parse_messages)
+        self.prefix_tools = self._parsed("attnmem.prefix.tools", parse_tools)
+        self.prefix_date = self._parsed("attnmem.prefix.date", parse_date)
+
+    def _parsed(self, key: str, parse: Callable[[str], Any]) -> Any:
+        text = self.metadata(key)
         try:
-            self.prefix_messages = None if messages is None else parse_messages(messages)
+            return None if text is None else parse(text)
         except ValueError as error:
-            raise Invalid(f"the key 'attnmem.prefix.messages' of '{self.path}': {error}") from None
+            raise Invalid(f"the key '{key}' of '{self.path}': {error}") from None
 
     def __reduce__(self):
         raise TypeError("a LoadedMemory belongs to its model and is neither pickled nor copied; load its file again")
@@ -55,6 +63,16 @@ class LoadedMemory:
     def prefix_tokens(self) -> list[int]:
         """The tokens that the memory stands for; not kept, as a list of them takes ten times their bytes."""
         return native.prefix_tokens(self.handle)
+
+    @property
+    def prefix(self) -> Prefix:
+        return Prefix(self.prefix_tokens, self.prefix_text, self.prefix_messages, tools=self.prefix_tools, date=self.prefix_date)
+
+    def last_token(self) -> list[int]:
+        """What is fed where nothing follows the prefix: an answer needs a live token."""
+        if not (last := self.prefix_tokens[-1:]):
+            raise ValueError("the prompt is empty, and so is the prefix of the memory")
+        return last
 
     def metadata(self, key: str) -> str | None:
         """A scalar metadata value of the file as text, None if it has no such key."""

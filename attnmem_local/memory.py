@@ -6,13 +6,14 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import gguf
 import numpy as np
 
+from .chat import parse_date, parse_messages, parse_tools
 from .errors import Invalid, NotAMemory, Truncated, Unreadable, WrongVersion
-from .prefix import parse_messages
+from .prefix import Prefix
 
 FORMAT_VERSION = 2
 ALIGNMENT = 64  # of tensors: a cache line
@@ -162,9 +163,15 @@ class Memory:
     layers: list[dict[int, LayerMemory]]  # [segment][layer]
     segment_offset: list[int]  # [n_segment + 1], segment s stands for prefix_tokens[segment_offset[s]:segment_offset[s + 1]]
     prefix_messages: list[dict] | None = None  # chat messages that were rendered to the prefix
+    prefix_tools: list[dict] | None = None  # tools that were rendered with them
+    prefix_date: str | None = None  # ISO format; when, if the text of the prefix tells
     token_top_k: int | None = None  # how many of the `token` entries a query attends; needed with any
     build: dict[str, str | int | float] = field(default_factory=dict)  # how it was built
     fidelity: dict[str, float] = field(default_factory=dict)  # what was measured when it was built
+
+    @property
+    def prefix(self) -> Prefix:
+        return Prefix(self.prefix_tokens, self.prefix_text, self.prefix_messages, self.segment_offset, self.prefix_tools, self.prefix_date)
 
     def nbytes(self) -> int:
         """Bytes of all tables."""
@@ -260,6 +267,10 @@ def _write(memory: Memory, path: Path) -> None:
     writer.add_string("attnmem.prefix.text", memory.prefix_text)
     if memory.prefix_messages is not None:
         writer.add_string("attnmem.prefix.messages", json.dumps(memory.prefix_messages, ensure_ascii=False))
+    if memory.prefix_tools is not None:
+        writer.add_string("attnmem.prefix.tools", json.dumps(memory.prefix_tools, ensure_ascii=False))
+    if memory.prefix_date is not None:
+        writer.add_string("attnmem.prefix.date", memory.prefix_date)
     writer.add_uint32("attnmem.segment.count", len(memory.layers))
     writer.add_array("attnmem.segment.offset", [int(i) for i in memory.segment_offset])
     if memory.token_top_k is not None:
@@ -377,7 +388,9 @@ class _Parser:
             model=spec,
             prefix_tokens=tokens,
             prefix_text=self.value("attnmem.prefix.text", str),
-            prefix_messages=self.messages(),
+            prefix_messages=self.optional("attnmem.prefix.messages", parse_messages),
+            prefix_tools=self.optional("attnmem.prefix.tools", parse_tools),
+            prefix_date=self.optional("attnmem.prefix.date", parse_date),
             token_top_k=self.top_k(),
             segment_offset=segment_offset,
             layers=[
@@ -397,13 +410,15 @@ class _Parser:
             raise Invalid(f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build")
         return memory
 
-    def messages(self) -> list[dict] | None:
-        if "attnmem.prefix.messages" not in self.reader.fields:
+    def optional(self, key: str, parse: Callable[[str], Any]) -> Any:
+        """The parsed string of a key, None if the file has none."""
+        if key not in self.reader.fields:
             return None
+        text = self.value(key, str)
         try:
-            return parse_messages(self.value("attnmem.prefix.messages", str))
+            return parse(text)
         except ValueError as error:
-            raise Invalid(f"the key 'attnmem.prefix.messages': {error}") from None
+            raise Invalid(f"the key '{key}': {error}") from None
 
     def top_k(self) -> int | None:
         if "attnmem.token.top_k" not in self.reader.fields:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import gguf
@@ -11,9 +12,11 @@ import transformers
 from transformers import modeling_gguf_pytorch_utils
 
 from .capture import ATTENTION_NAME
+from .chat import check_text
 from .errors import Unsupported
 from .filekind import file_kind
 from .memory import ModelSpec
+from .template import ChatTemplate
 from .tokenizer import GgufTokenizer, Tokenizer
 
 # model_type of transformers -> architecture of GGUF, and whether GGUF stores Q and K with interleaved RoPE pairs
@@ -143,19 +146,34 @@ def fingerprint_vocab(tokens: list[str]) -> str:
     return f"{value:016x}"
 
 
-class _TransformersTokenizer:
+class _TransformersTokenizer(Tokenizer):
     def __init__(self, path: Path):
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_bos)
+        return self._tokenizer.encode(check_text(text, "the text"), add_special_tokens=add_bos)
 
     def decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool) -> list[int]:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    @cached_property
+    def _special(self) -> set[int]:
+        return {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.content.strip()}
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    @property
+    def bos(self) -> str:
+        return self._tokenizer.bos_token or ""
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        source = self._tokenizer.chat_template
+        source = source.get("default") if isinstance(source, dict) else source
+        if source is None:
+            raise ValueError("this model has no chat template; use text, and build the memory from text")
+        return ChatTemplate(source, bos=self.bos, eos=self._tokenizer.eos_token or "")
 
     def vocab(self, size: int) -> list[str]:
         """Token texts as the conversion to GGUF writes them."""

@@ -1,17 +1,21 @@
 """MemoryLlama: a llama_cpp.Llama that answers with memories instead of prefixes."""
 
+import inspect
 import os
 from contextlib import closing
 from typing import Iterable, Iterator
 
+import jinja2
 import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from .attachments import Attached, Attachments, check_lookup
+from .completion import LivePrompt, RenderedChat
 from .errors import MemoryRefused, StaleStream, Unsupported
+from .live import live_chat, live_prompt
 from .loaded import LoadedMemory
-from .prefix import drop_prefix, with_prefix_messages
 from .saved_state import CacheByMemory, MemoryState, bind, unbind
+from .tokenizer import GgufTokenizer
 
 _NOT_OF_ATTENTION = ("general.", "tokenizer.")  # keys of a model file that change no key or value of the prefix
 
@@ -40,9 +44,13 @@ class MemoryLlama(llama_cpp.Llama):
         **options,
     ):
         check_lookup(lookup)
-        super().__init__(model_path, **options)
+        try:
+            super().__init__(model_path, **options)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template of '{model_path}' is broken: {error}, in line {error.lineno}") from None
         self._attachments = Attachments(self._ctx, lookup, memory_mmap)
-        if not {"chat_format", "chat_handler"} & options.keys() and "chat_template.default" in self._chat_handlers:
+        self._tokenizer = GgufTokenizer(self._model)
+        if "chat_template.default" in self._chat_handlers and not (options.get("chat_format") or options.get("chat_handler")):
             self.chat_format = "chat_template.default"  # prefixes are rendered with the model's own template
         several = isinstance(memory, Iterable) and not isinstance(memory, (str, bytes))
         try:
@@ -149,36 +157,33 @@ class MemoryLlama(llama_cpp.Llama):
     # the prefix is never fed twice
 
     def create_chat_completion(self, messages, *args, **options):
-        """As in llama_cpp.Llama; the messages of the memory's prefix need not be repeated.
+        """As in llama_cpp.Llama; the messages and tools of the memory's prefix need not be repeated.
 
         Raises PrefixMismatch if the rendered chat does not begin with the prefix of the first attached memory.
         """
         leader = self._leader()
         if leader is None:
             return super().create_chat_completion(messages, *args, **options)
-        if leader.prefix_messages is None:
-            raise MemoryRefused(
-                f"'{leader.path}' was built from plain text, which no chat template begins with; "
-                "for chat, build it from chat messages or with --system"
-            )
-        self._drop_prefix = leader.prefix_tokens
-        try:
-            return super().create_chat_completion(with_prefix_messages(messages, leader.prefix_messages), *args, **options)
-        finally:
-            self._drop_prefix = None
+        if self.chat_handler or (self.chat_format != "chat_template.default" and "chat_template.default" in self._chat_handlers):
+            raise MemoryRefused("a chat with a memory is written with the model's own template; leave out chat_format and chat_handler")
+        given = inspect.signature(llama_cpp.Llama.create_chat_completion).bind(self, messages, *args, **options)
+        given.apply_defaults()
+        request = given.arguments
+        del request["self"]
+        asked = {name: request[name] for name in ("functions", "function_call", "tool_choice")}
+        live = live_chat(self._tokenizer, leader.prefix, messages, request["tools"], **asked)
+        request["tools"] = leader.prefix_tools or request["tools"]
+        return RenderedChat(self, live or leader.last_token()).complete(request)
 
-    _drop_prefix: list[int] | None = None
+    def create_completion(self, prompt, suffix=None, *args, **options):
+        """As in llama_cpp.Llama; a text prompt continues the memory's prefix, without another BOS, or repeats it.
 
-    def create_completion(self, prompt, *args, **options):
-        """As in llama_cpp.Llama; a text prompt continues the memory's prefix, without another BOS."""
-        if self._drop_prefix is not None:  # a rendered chat
-            prompt = drop_prefix(prompt, self._drop_prefix)
-        elif (leader := self._leader()) is not None and options.get("suffix") is None:
-            tokens = self.tokenize(prompt.encode(), add_bos=False, special=True) if isinstance(prompt, str) else list(prompt)
-            prefix = leader.prefix_tokens
-            n = len(prefix)
-            prompt = tokens[n:] if tokens[:n] == prefix else tokens
-        return super().create_completion(prompt, *args, **options)
+        An empty one goes on after the prefix, whose last token is fed again.
+        """
+        if (leader := self._leader()) is not None and suffix is None:
+            live = live_prompt(self._tokenizer, leader.prefix, prompt if isinstance(prompt, str) else list(prompt))
+            prompt = LivePrompt(live or leader.last_token(), prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt))
+        return super().create_completion(prompt, suffix, *args, **options)
 
     def _leader(self) -> LoadedMemory | None:
         return self.memories[0].memory if self.memories else None

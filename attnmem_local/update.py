@@ -26,6 +26,7 @@ def update_memory(
     out: str | os.PathLike | None = None,
     *,
     queries: Sequence[str | list] = ("repeat", "self-study"),
+    tools: list[dict] | None = None,
     windows: int = 8,
     seed: int = 0,
     device: str | None = None,
@@ -36,6 +37,7 @@ def update_memory(
     prefix: all parts, changed or not. Segments whose tokens are as they were keep their entries; if they stand at another
     distance from the live text now, the keys are rotated by the difference, which is exact. What they say about words of
     theirs that a changed part before them would explain otherwise stays as it was: that is the loss against a full build.
+    tools: of the chat.  [default: those of the old memory, which also keeps its date]
     windows: of self-study; fewer than for a whole memory.
     Raises WrongModel if the memory is of another model, ValueError if nothing changed.
     """
@@ -47,7 +49,8 @@ def update_memory(
         if old.model != model.spec:
             raise WrongModel("the memory was built for another model; give that model, or build a new memory")
         if not isinstance(prefix, Prefix):
-            prefix = read_prefix(model.tokenizer, prefix, system=old.prefix_messages is not None)
+            is_chat = old.prefix_messages is not None
+            prefix = read_prefix(model.tokenizer, prefix, is_chat, tools or old.prefix_tools, old.prefix_date)
         same = unchanged(old, prefix)
         changed = [s for s in range(len(prefix.offset) - 1) if s not in same]
         if not changed and len(same) == len(old.layers):
@@ -67,6 +70,8 @@ def update_memory(
             prefix_tokens=prefix.tokens,
             prefix_text=prefix.text,
             prefix_messages=prefix.messages,
+            prefix_tools=prefix.tools,
+            prefix_date=prefix.date,
             segment_offset=prefix.offset,
             layers=[keep[s] for s in range(len(keep))],
             fidelity={},

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.dequantize import write_f32
-from attnmem_local.prefix import Prefix, chat_prefix, drop_prefix
+from attnmem_local.live import drop_prefix
+from attnmem_local.prefix import Prefix, chat_prefix
 from attnmem_local.tokenizer import GgufTokenizer
 
 ROOT = Path(__file__).parents[1]

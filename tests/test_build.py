@@ -14,7 +14,8 @@ from attnmem_local.capture import prefill
 from attnmem_local.entries.centroid import cluster, mean_state
 from attnmem_local.memory import Memory
 from attnmem_local.model import load_model
-from attnmem_local.prefix import chat_prefix, drop_prefix, with_prefix_messages
+from attnmem_local.live import drop_prefix, with_prefix_messages
+from attnmem_local.prefix import chat_prefix
 from attnmem_local.queries.repeat_prefill import repeat_prefill
 from attnmem_local.queries.self_study import self_study
 from attnmem_local.queries.traces import read_traces, traces
@@ -105,7 +106,7 @@ def test_self_study_is_live_text_about_the_prefix(tiny):
     windows = self_study(tiny.model, prefix, kv, n_windows=9, window=48, seed=3)
     assert [len(w) for w in windows] == [48] * 9
     assert windows == self_study(tiny.model, prefix, kv, n_windows=9, window=48, seed=3)
-    assert tiny.model.tokenizer.decode(windows[0]).startswith("Summarize")
+    assert tiny.model.tokenizer.decode(windows[0]).startswith("user\nSummarize")
 
 
 def test_repeat_prefill_covers_the_prefix(tiny):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import Number, build_model_argument, device_option, file_type, out_type, positive, print_seconds, queries_option, seed_option
+from .common import Number, build_model_argument, device_option, file_type, out_type, positive, print_seconds, queries_option, seed_option, tools_option
 
 
 @click.command()
@@ -20,6 +20,7 @@ from .common import Number, build_model_argument, device_option, file_type, out_
 )
 @click.option("--bytes", "nbytes", type=positive, help="Size of the memory in bytes, instead of --share.")
 @click.option("--system", is_flag=True, help="The text of PREFIX is the system message of a chat.")
+@tools_option
 @seed_option
 @device_option
 def build(model: Path, prefix: tuple[Path, ...], out: Path | None, queries: tuple[str, ...], **options) -> None:

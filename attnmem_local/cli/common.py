@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from ..chat import parse_tools
 from ..filekind import file_kind
+from ..texts import read_text
 from .terminal import printable
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,6 +48,16 @@ _WARNINGS = _Warnings()
 def say(text: str) -> None:
     """A remark that is not the result of the command."""
     click.echo(printable(text), err=True)
+
+
+class _Tools(click.ParamType):
+    name = "file"
+
+    def convert(self, value, param, context) -> list[dict]:
+        try:
+            return parse_tools(read_text(value))
+        except (OSError, ValueError) as error:
+            self.fail(f"'{value}': {error}", param, context)
 
 
 class _File(click.Path):
@@ -119,6 +131,7 @@ ctx_option = click.option(
 )
 seed_option = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda when there is a GPU]")
+tools_option = click.option("--tools", type=_Tools(), help="A .json with the tools of the chat, as OpenAI clients send them; they become part of the prefix.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 queries_option = click.option(
     "-q",

@@ -31,7 +31,7 @@ def demo() -> None:
     """Build a memory of a real handbook, answer a question with it, and show what it saves."""
     from ..build import build_memory
     from ..evaluate import Scorer, kl
-    from ..prefix import drop_prefix
+    from ..live import live_chat
     from ..progress import Progress
     from ..tokenizer import GgufTokenizer
 
@@ -45,7 +45,7 @@ def demo() -> None:
 
     tokenizer = GgufTokenizer(DEFAULT_MODEL)
     asked = {
-        question: drop_prefix(tokenizer.render([*messages, {"role": "user", "content": question}], True), memory.prefix_tokens)
+        question: live_chat(tokenizer, memory.prefix, [{"role": "user", "content": question}])
         for question in QUESTIONS
     }
     runs = {"full prefix": {"prefix": memory.prefix_tokens}, "memory": {"memory": MEMORY}, "no prefix": {}}

@@ -54,12 +54,10 @@ def fidelity(model: Path, memory: Path, text: Path, window: int, windows: int, t
     from ..evaluate import fidelity as measure
     from ..memory import Memory
     from ..tokenizer import GgufTokenizer
-    from ..prefix import Prefix
     from ..queries.traces import read_traces, traces
 
     loaded = Memory.load(memory)
-    prefix = Prefix(loaded.prefix_tokens, loaded.prefix_text, loaded.prefix_messages)
-    scored = traces(GgufTokenizer(model), prefix, read_traces(text), window)[:windows]
+    scored = traces(GgufTokenizer(model), loaded.prefix, read_traces(text), window)[:windows]
     scored = [w for w in scored if len(w) > 1]
     if not scored:
         raise ValueError(f"'{text}' has no text to score")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import build_model_argument, device_option, file_type, memory_type, out_type, print_seconds, queries_option, seed_option
+from .common import build_model_argument, device_option, file_type, memory_type, out_type, print_seconds, queries_option, seed_option, tools_option
 
 
 @click.command()
@@ -13,6 +13,7 @@ from .common import build_model_argument, device_option, file_type, memory_type,
 @click.argument("prefix", type=file_type, nargs=-1, required=True)
 @click.option("-o", "--out", type=out_type, help="The new memory file.  [default: MEMORY]")
 @queries_option
+@tools_option
 @seed_option
 @device_option
 def update(memory: Path, model: Path, prefix: tuple[Path, ...], out: Path | None, queries: tuple[str, ...], **options) -> None:

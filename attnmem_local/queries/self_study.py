@@ -5,7 +5,8 @@ from typing import Callable
 import torch
 
 from ..capture import Live, PrefixKV
-from ..prefix import Prefix, drop_prefix
+from ..live import live_chat
+from ..prefix import Prefix
 
 _REQUESTS = (
     "Summarize the text above.",
@@ -50,5 +51,4 @@ def self_study(
 def _prompt(model, prefix: Prefix, request: str) -> list[int]:
     if prefix.messages is None:
         return model.tokenizer.encode(f"\n\n{request}\n\n", add_bos=False)
-    chat = [*prefix.messages, {"role": "user", "content": request}]
-    return drop_prefix(model.tokenizer.render(chat, True), prefix.tokens)
+    return live_chat(model.tokenizer, prefix, [{"role": "user", "content": request}])

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from ..prefix import Prefix, drop_prefix, with_prefix_messages
+from ..errors import PrefixMismatch
+from ..live import live_chat, live_prompt
+from ..prefix import Prefix
 from ..texts import read_text
 
 
@@ -38,15 +40,21 @@ def _trace(line: str, where: str) -> str | list[dict]:
 
 
 def traces(tokenizer, prefix: Prefix, found: list[str | list[dict] | list[int]], window: int) -> list[list[int]]:
-    """Windows of at most `window` tokens from texts, tokens, or chats, which are rendered and lose the prefix they begin with."""
+    """Windows of at most `window` tokens from texts, tokens, or chats, which are rendered; each loses the prefix it begins with.
+
+    Raises ValueError, which names the trace by its number, for what is none of these or does not fit the prefix.
+    """
     windows = []
-    for trace in found:
-        if isinstance(trace, str):
-            tokens = tokenizer.encode(trace, add_bos=False)
-        elif trace and isinstance(trace[0], int):
-            tokens = trace
-        else:
-            chat = with_prefix_messages(trace, prefix.messages or [])
-            tokens = drop_prefix(tokenizer.render(chat, False), prefix.tokens)
+    for number, trace in enumerate(found, 1):
+        try:
+            if isinstance(trace, str):
+                tokens = live_prompt(tokenizer, prefix, trace)
+            elif isinstance(trace, list) and trace and all(isinstance(token, int) for token in trace):
+                tokens = trace
+            else:
+                tokens = live_chat(tokenizer, prefix, trace, add_generation_prompt=False)
+        except ValueError as error:
+            kind = PrefixMismatch if isinstance(error, PrefixMismatch) else ValueError
+            raise kind(f"trace {number}: {error}") from None
         windows += [tokens[i : i + window] for i in range(0, len(tokens), window)]
     return [w for w in windows if w]

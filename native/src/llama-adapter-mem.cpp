@@ -263,6 +263,12 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
         refuse("invalid: a scale is not a finite number");
     }
 
+    for (const char * key : { "attnmem.prefix.messages", "attnmem.prefix.tools", "attnmem.prefix.date" }) {
+        if (gguf_find_key(file.gguf.get(), key) >= 0) {
+            file.find(key, GGUF_TYPE_STRING);
+        }
+    }
+
     mem.prefix_tokens = file.arr_i32("attnmem.prefix.tokens");
     for (const llama_token id : mem.prefix_tokens) {
         if (id < 0 || id >= (llama_token) model.vocab.n_tokens()) {
