@@ -6,7 +6,7 @@ prefix's text is then tokenized alone, which is what the memory was built for.
 
 from .chat import USUAL_ROLES, marked, normalised, tool_names
 from .errors import PrefixMismatch
-from .prefix import Prefix
+from .prefix import Prefix, held_back
 
 _BEFORE, _AFTER = 16, 32  # characters around a difference that a message shows
 
@@ -53,14 +53,21 @@ def live_chat(
 
 
 def live_prompt(tokenizer, prefix: Prefix, prompt: str | list[int]) -> list[int]:
-    """Tokens of a prompt that goes on after the prefix, or repeats it first."""
-    if isinstance(prompt, str):
-        rest = _rest(prompt, prefix.text, tokenizer.bos)
-        return tokenizer.encode_after(prompt if rest is None else rest, prefix.tokens)
-    if prompt[: len(prefix.tokens)] == prefix.tokens:
-        return prompt[len(prefix.tokens) :]
-    rest = _rest(tokenizer.decode(prompt), prefix.text, tokenizer.bos)
-    return prompt if rest is None else tokenizer.encode_after(rest, prefix.tokens)
+    """Tokens of a prompt that goes on after the prefix, or repeats it first.
+
+    Raises ValueError where there are none: a memory that takes in its whole text cannot go on without a prompt.
+    """
+    if not isinstance(prompt, str) and prompt[: len(prefix.tokens)] == prefix.tokens:
+        live = prompt[len(prefix.tokens) :] or held_back(tokenizer, prefix)
+    else:
+        rest = _rest(prompt if isinstance(prompt, str) else tokenizer.decode(prompt), prefix.text, tokenizer.bos)
+        if rest is None:
+            rest = prompt
+        held = held_back(tokenizer, prefix)
+        live = held + (tokenizer.encode_after(rest, prefix.tokens + held) if isinstance(rest, str) else rest)
+    if not live:
+        raise ValueError("the prompt adds nothing to the prefix, which the memory holds to its last token; build the memory again, or ask more")
+    return live
 
 
 def with_prefix_messages(messages: list[dict], prefix_messages: list[dict]) -> list[dict]:
@@ -99,7 +106,8 @@ def drop_prefix(tokens: list[int], prefix_tokens: list[int]) -> list[int]:
 def _after(tokenizer, prefix: Prefix, text: str) -> list[int] | None:
     """Tokens of what follows the prefix in a text that has BOS, None if it does not begin with it."""
     if prefix.text and text.startswith(prefix.text):
-        return tokenizer.encode_after(text[len(prefix.text) :], prefix.tokens)
+        held = held_back(tokenizer, prefix)
+        return held + tokenizer.encode_after(text[len(prefix.text) :], prefix.tokens + held)
     tokens = tokenizer.encode(text, add_bos=False)  # the text of a file can be less exact than its tokens
     return tokens[len(prefix.tokens) :] if tokens[: len(prefix.tokens)] == prefix.tokens else None
 

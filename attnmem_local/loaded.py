@@ -68,12 +68,6 @@ class LoadedMemory:
     def prefix(self) -> Prefix:
         return Prefix(self.prefix_tokens, self.prefix_text, self.prefix_messages, tools=self.prefix_tools, date=self.prefix_date)
 
-    def last_token(self) -> list[int]:
-        """What is fed where nothing follows the prefix: an answer needs a live token."""
-        if not (last := self.prefix_tokens[-1:]):
-            raise ValueError("the prompt is empty, and so is the prefix of the memory")
-        return last
-
     def metadata(self, key: str) -> str | None:
         """A scalar metadata value of the file as text, None if it has no such key."""
         return native.metadata(self.handle, key)

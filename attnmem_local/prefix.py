@@ -5,7 +5,7 @@ prefix owns BOS and the system turn.
 """
 
 import bisect
-import warnings
+import logging
 from dataclasses import dataclass, field
 from datetime import datetime
 from os.path import commonprefix
@@ -14,6 +14,8 @@ from pathlib import Path
 from .chat import check_json, checked_tools, marked, normalised, parse_messages
 from .errors import Unsupported
 from .texts import read_text
+
+_log = logging.getLogger(__name__)
 
 # What a user's message may begin with. Only the first ones matter where the template ends in a special token.
 _PROBES = (
@@ -50,8 +52,25 @@ def read_prefix(
         return chat_prefix(tokenizer, [{"role": "system", "content": "".join(parts)}], parts, tools, date)
     if tools:
         raise ValueError("tools belong to a chat: build from chat messages or with --system")
-    tokens, text = tokenizer.encode("".join(parts), add_bos=True), "".join(parts)
-    return Prefix(tokens, text, offset=_offset(tokenizer, tokens, text, parts))
+    text = "".join(parts)
+    tokens = tokenizer.encode(text, add_bos=True)
+    *offset, n = _offset(tokenizer, tokens, text, parts)
+    if n - 1 == offset[-1]:
+        raise ValueError("the last part of the prefix has one token; a memory of text needs two, as the last one stays live")
+    return Prefix(tokens[:-1], text, offset=[*offset, n - 1])  # see held_back
+
+
+def held_back(tokenizer, prefix: Prefix) -> list[int]:
+    """Tokens of the text of a prefix that its memory does not stand for, and which are live at the beginning of every prompt.
+
+    A memory of text leaves out the last token: the model needs a live one to go on from, even if the prompt adds nothing.
+    A chat always brings live tokens. Empty for chats, and for memories of text that were built before.
+    """
+    if prefix.messages is not None:
+        return []
+    tokens = tokenizer.encode(prefix.text, add_bos=True)
+    n = len(prefix.tokens)
+    return tokens[n:] if tokens[:n] == prefix.tokens else []
 
 
 def chat_prefix(
@@ -139,7 +158,7 @@ def _check_written(chat: str, what: dict[str, str]) -> None:
         if mark in chat:
             continue
         if subject.startswith("the tool calls"):
-            warnings.warn(f"the chat template of the model does not write {subject}", stacklevel=3)
+            _log.warning("the chat template of the model does not write %s", subject)
             continue
         way_out = f"; {_WAY_OUT}" if "'system'" in subject else ""
         raise ValueError(f"the chat template of the model does not write {subject}: the memory would know nothing of it{way_out}")

@@ -173,16 +173,16 @@ class MemoryLlama(llama_cpp.Llama):
         asked = {name: request[name] for name in ("functions", "function_call", "tool_choice")}
         live = live_chat(self._tokenizer, leader.prefix, messages, request["tools"], **asked)
         request["tools"] = leader.prefix_tools or request["tools"]
-        return RenderedChat(self, live or leader.last_token()).complete(request)
+        return RenderedChat(self, live).complete(request)
 
     def create_completion(self, prompt, suffix=None, *args, **options):
         """As in llama_cpp.Llama; a text prompt continues the memory's prefix, without another BOS, or repeats it.
 
-        An empty one goes on after the prefix, whose last token is fed again.
+        With an empty one, or the prefix itself, the answer goes on where the prefix ends.
         """
         if (leader := self._leader()) is not None and suffix is None:
             live = live_prompt(self._tokenizer, leader.prefix, prompt if isinstance(prompt, str) else list(prompt))
-            prompt = LivePrompt(live or leader.last_token(), prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt))
+            prompt = LivePrompt(live, prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt))
         return super().create_completion(prompt, suffix, *args, **options)
 
     def _leader(self) -> LoadedMemory | None:

@@ -19,7 +19,7 @@ from attnmem_local.cli import main
 from attnmem_local.cli.common import DEFAULT_MODEL
 from attnmem_local.live import live_chat
 from attnmem_local.memory import Memory
-from attnmem_local.prefix import Prefix, chat_prefix, read_prefix
+from attnmem_local.prefix import Prefix, chat_prefix, held_back, read_prefix
 from attnmem_local.queries.traces import traces
 from attnmem_local.runtime import MemoryLlama
 from attnmem_local.template import ChatTemplate
@@ -195,7 +195,8 @@ def test_special_tokens_in_a_text_are_read_as_llama_cpp_reads_them(files, tmp_pa
     (tmp_path / "chat.txt").write_text(text)
     prefix = read_prefix(files.tiny.model.tokenizer, [tmp_path / "chat.txt"])
     plain = llama_cpp.Llama(str(files.model()), n_ctx=512, verbose=False)
-    assert prefix.tokens == plain.tokenize(text.encode(), add_bos=True, special=True) and prefix.tokens[0] == 1
+    tokens = prefix.tokens + held_back(files.tiny.model.tokenizer, prefix)
+    assert tokens == plain.tokenize(text.encode(), add_bos=True, special=True) and tokens[0] == 1
     ask = "Hi<|im_end|>\n<|im_start|>assistant\n"
     expected = plain.create_completion(text + ask, max_tokens=12, temperature=0)["choices"][0]["text"]
     llama = files.llama(prefix)
@@ -230,16 +231,32 @@ def test_a_text_goes_on_without_a_space_that_nobody_wrote(tmp_path):
     prefix = read_prefix(tokenizer, [tmp_path / "a.txt"])
     (window,) = traces(tokenizer, prefix, [" tea"], 100)
     assert prefix.tokens + window == tokenizer.encode("Green tea", add_bos=True)
-    assert tokenizer.decode(window) == " tea" != tokenizer.decode(tokenizer.encode(" tea", add_bos=False))
+    live = window[len(held_back(tokenizer, prefix)) :]
+    assert tokenizer.decode(live) == " tea" != tokenizer.decode(tokenizer.encode(" tea", add_bos=False))
 
 
-def test_go_on(files):
-    """With an empty prompt, or one that is the prefix."""
+def test_an_empty_prompt_goes_on_where_the_text_ends(tiny, tmp_path):
+    """So does a prompt that is the prefix, as with the full text in the context."""
+    text = "We sell tea. Green tea costs 4 euros, and black tea costs\n"
+    (tmp_path / "a.txt").write_text(text)
+    tokens = tiny.model.tokenizer.encode(text, add_bos=True)
+    expected = MemoryLlama(str(tiny.path), verbose=False).create_completion(tokens, max_tokens=8, temperature=0)["choices"][0]["text"]
+    prefix = read_prefix(tiny.model.tokenizer, [tmp_path / "a.txt"])
+    exact_memory(tiny.model, prefix, prefill(tiny.model, prefix.tokens)).save(tmp_path / "a.mem.gguf")
+    llama = MemoryLlama(str(tiny.path), memory=tmp_path / "a.mem.gguf", verbose=False)
+    for prompt in ("", text, tokens, tokens[:-1], []):
+        assert llama.create_completion(prompt, max_tokens=8, temperature=0)["choices"][0]["text"] == expected
+    answer = llama.create_completion(" tea", max_tokens=8, temperature=0)["choices"][0]["text"]
+    assert answer == llama.create_completion(text + " tea", max_tokens=8, temperature=0)["choices"][0]["text"] != expected
+
+
+def test_a_memory_of_an_older_build_cannot_go_on_without_a_prompt(files):
+    """It holds the last token, too: fed once more, that would count twice."""
     text = "We sell tea. Green tea costs"
-    tokens = files.tiny.model.tokenizer.encode(text, add_bos=True)
-    llama = files.llama(Prefix(tokens, text))
-    answers = {llama.create_completion(p, max_tokens=8, temperature=0)["choices"][0]["text"] for p in ("", text, tokens, [])}
-    assert len(answers) == 1 and llama.input_ids[0] == tokens[-1]
+    llama = files.llama(Prefix(files.tiny.model.tokenizer.encode(text, add_bos=True), text))
+    for prompt in ("", text):
+        with pytest.raises(ValueError, match="adds nothing to the prefix"):
+            llama.create_completion(prompt, max_tokens=1)
 
 
 def test_echo_shows_the_prompt(files):
@@ -293,7 +310,7 @@ def test_messages_as_openai_clients_send_them(default):
     assert live_chat(default, prefix, [two]) == live_chat(default, prefix, [user("a\nb")])
 
 
-def test_a_tool_call_without_content(default, qwen2):
+def test_a_tool_call_without_content(default, qwen2, caplog):
     """The default template takes no null, others know a tool call by it, and to some it makes no difference."""
     absent = {key: value for key, value in CALL.items() if key != "content"}
     for tokenizer in (default, qwen2, WithTemplate(QWEN2.replace("{% if m.content %}", "{% if m.content is not none %}"))):
@@ -302,8 +319,8 @@ def test_a_tool_call_without_content(default, qwen2):
         assert lives[0] == lives[1] and "9:00" in lives[0] and "None" not in lives[0]
         assert ("<tool_call>hours" in lives[0]) == (tokenizer is not default)
     assert "<tool_call>hours" in chat_prefix(qwen2, [HI, CALL, ANSWER]).text
-    with pytest.warns(UserWarning, match="does not write the tool calls of message 2"):
-        assert "None" not in chat_prefix(default, [HI, CALL, ANSWER]).text
+    assert "None" not in chat_prefix(default, [HI, CALL, ANSWER]).text
+    assert "does not write the tool calls of message 2" in caplog.text
 
 
 @pytest.mark.parametrize("message, says", [

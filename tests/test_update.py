@@ -12,7 +12,7 @@ from attnmem_local.capture import prefill
 from attnmem_local.check import held_out_fidelity
 from attnmem_local.errors import WrongModel
 from attnmem_local.memory import Memory, rows
-from attnmem_local.prefix import Prefix, read_prefix
+from attnmem_local.prefix import Prefix, held_back, read_prefix
 from attnmem_local.update import _moved, unchanged, update_memory
 
 PARTS = ("Our shop sells tea. Green tea costs 4 euros.\n", "We open at nine.\n", "Black tea costs 3 euros, and milk is free.\n")
@@ -29,6 +29,7 @@ def write(folder, *parts):
 def test_parts_are_segments(tiny, tmp_path, system):
     prefix = read_prefix(tiny.model.tokenizer, write(tmp_path, *PARTS), system)
     texts = [tiny.model.tokenizer.decode(prefix.tokens[a:b]) for a, b in zip(prefix.offset, prefix.offset[1:])]
+    texts[-1] += tiny.model.tokenizer.decode(held_back(tiny.model.tokenizer, prefix))
     assert len(texts) == 3 and texts[1] == PARTS[1] and texts[2].startswith(PARTS[2])
     assert texts[0].endswith(PARTS[0]) and "".join(texts) == prefix.text
     with pytest.raises(ValueError, match="empty"):

@@ -5,7 +5,7 @@ from typing import Callable
 import torch
 
 from ..capture import Live, PrefixKV
-from ..live import live_chat
+from ..live import live_chat, live_prompt
 from ..prefix import Prefix
 
 _REQUESTS = (
@@ -50,5 +50,5 @@ def self_study(
 
 def _prompt(model, prefix: Prefix, request: str) -> list[int]:
     if prefix.messages is None:
-        return model.tokenizer.encode(f"\n\n{request}\n\n", add_bos=False)
+        return live_prompt(model.tokenizer, prefix, f"\n\n{request}\n\n")
     return live_chat(model.tokenizer, prefix, [{"role": "user", "content": request}])

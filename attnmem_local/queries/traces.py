@@ -48,7 +48,7 @@ def traces(tokenizer, prefix: Prefix, found: list[str | list[dict] | list[int]],
     for number, trace in enumerate(found, 1):
         try:
             if isinstance(trace, str):
-                tokens = live_prompt(tokenizer, prefix, trace)
+                tokens = live_prompt(tokenizer, prefix, trace) if trace else []
             elif isinstance(trace, list) and trace and all(isinstance(token, int) for token in trace):
                 tokens = trace
             else:
