@@ -24,6 +24,8 @@
 static constexpr uint32_t MEM_FORMAT_VERSION = 2;
 static constexpr uint32_t MEM_MAX_SEGMENTS   = 256;
 static constexpr uint32_t MEM_MAX_TOP_K      = 1024;
+static constexpr uint32_t MEM_MAX_KEYS       = 1 << 16;
+static constexpr uint64_t MEM_MAX_KV_HEADS   = 1 << 22; // in all layers of all segments
 static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could overflow in a product
 static constexpr size_t   MEM_ALIGNMENT      = 64;    // of the data: a cache line
 
@@ -39,7 +41,7 @@ static void mem_hash(uint64_t & hash, uint64_t x) {
 }
 
 template <typename T>
-static uint64_t mem_load(const uint8_t * data) {
+static T mem_load(const uint8_t * data) {
     T x;
     memcpy(&x, data, sizeof(x));
     return x;
@@ -54,7 +56,7 @@ static void mem_hash(uint64_t & hash, const void * data, size_t size) {
     }
     // without a loop: its end could not be predicted
     if (n >= 4) {
-        mem_hash(hash, mem_load<uint32_t>(p) | mem_load<uint32_t>(p + n - 4) << 8*(n - 4));
+        mem_hash(hash, mem_load<uint32_t>(p) | (uint64_t) mem_load<uint32_t>(p + n - 4) << 8*(n - 4));
     } else if (n > 0) {
         mem_hash(hash, p[0] | (uint64_t) p[n/2] << 8*(n/2) | (uint64_t) p[n - 1] << 8*(n - 1));
     }
@@ -102,9 +104,35 @@ namespace {
     throw std::runtime_error(reason);
 }
 
+bool mem_is_utf8(const uint8_t * p, size_t n) {
+    for (size_t i = 0; i < n;) {
+        const int n_more = p[i] < 0x80 ? 0 : p[i] >= 0xc2 && p[i] <= 0xdf ? 1 : (p[i] & 0xf0) == 0xe0 ? 2 : p[i] >= 0xf0 && p[i] <= 0xf4 ? 3 : -1;
+        if (n_more < 0 || n - i <= (size_t) n_more) {
+            return false;
+        }
+        for (int j = 1; j <= n_more; j++) {
+            // no more bytes than needed, no surrogates, nothing beyond U+10FFFF
+            const uint8_t min = j > 1 ? 0x80 : p[i] == 0xe0 ? 0xa0 : p[i] == 0xf0 ? 0x90 : 0x80;
+            const uint8_t max = j > 1 ? 0xbf : p[i] == 0xed ? 0x9f : p[i] == 0xf4 ? 0x8f : 0xbf;
+            if (p[i + j] < min || p[i + j] > max) {
+                return false;
+            }
+        }
+        i += 1 + n_more;
+    }
+    return true;
+}
+
+// the keys and tensors of a GGUF file, by the rules of attnmem_local/gguf_file.py, in the same order
+// gguf_init_from_buffer gives names and strings as C strings: what follows a NUL would be hidden from the checks
 struct mem_file {
-    gguf_context_ptr gguf;
-    ggml_context_ptr meta;
+    struct value {
+        gguf_type       type;
+        gguf_type       item; // of an array
+        uint64_t        n;    // items of an array, or bytes of a string
+        const uint8_t * data;
+    };
+    std::map<std::string, value> keys;
 
     struct entry {
         ggml_tensor * tensor;
@@ -112,29 +140,141 @@ struct mem_file {
     };
     std::unordered_map<std::string, entry> tensors;
 
-    int64_t find(const char * key, gguf_type type) const {
-        const int64_t id = gguf_find_key(gguf.get(), key);
-        if (id < 0) {
-            refuse(format("invalid: the key '%s' is missing", key));
+    ggml_context_ptr meta;
+
+    mem_file(const void * data, size_t size) : content((const uint8_t *) data), size(size) {
+        if ((uintptr_t) data % MEM_ALIGNMENT != 0) {
+            refuse(format("invalid: the data of a memory must begin at a multiple of %zu bytes", MEM_ALIGNMENT));
         }
-        if (gguf_get_kv_type(gguf.get(), id) != type) {
-            refuse(format("invalid: the key '%s' has type %s, expected %s", key,
-                gguf_type_name(gguf_get_kv_type(gguf.get(), id)), gguf_type_name(type)));
+        if (size < 4 || memcmp(data, GGUF_MAGIC, 4) != 0) {
+            refuse("not_a_memory: this is not a GGUF file");
         }
-        return id;
+        at = 4;
+        const uint32_t version = number<uint32_t>();
+        if (version != GGUF_VERSION) {
+            refuse(format("invalid: the file has GGUF version %u, expected %d", version, GGUF_VERSION));
+        }
+        n_tensors = number<uint64_t>();
+        const uint64_t n_keys = number<uint64_t>();
+        if (n_keys > MEM_MAX_KEYS) {
+            refuse(format("invalid: the file has %" PRIu64 " keys, expected at most %u", n_keys, MEM_MAX_KEYS));
+        }
+        for (uint64_t i = 0; i < n_keys; i++) {
+            const std::string key = text("a key");
+            if (key.empty() || keys.count(key)) {
+                refuse(format("invalid: the key '%s' is empty or there twice", key.c_str()));
+            }
+            keys[key] = read_value(key);
+        }
     }
 
-    uint32_t    u32(const char * key) const { return gguf_get_val_u32(gguf.get(), find(key, GGUF_TYPE_UINT32)); }
-    float       f32(const char * key) const { return gguf_get_val_f32(gguf.get(), find(key, GGUF_TYPE_FLOAT32)); }
-    std::string str(const char * key) const { return gguf_get_val_str(gguf.get(), find(key, GGUF_TYPE_STRING)); }
-
-    std::vector<int32_t> arr_i32(const char * key) const {
-        const int64_t id = find(key, GGUF_TYPE_ARRAY);
-        if (gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_INT32) {
-            refuse(format("invalid: the key '%s' is not an array of i32", key));
+    void read_tensors(uint64_t limit) {
+        if (n_tensors > limit) {
+            refuse(format("invalid: the file has %" PRIu64 " tensors, expected at most %" PRIu64, n_tensors, limit));
         }
-        const auto * data = (const int32_t *) gguf_get_arr_data(gguf.get(), id);
-        return std::vector<int32_t>(data, data + gguf_get_arr_n(gguf.get(), id));
+        struct info {
+            std::string name;
+            uint64_t    ne[GGML_MAX_DIMS] = { 1, 1, 1, 1 };
+            uint32_t    type;
+            uint64_t    offset;
+        };
+        std::vector<info> infos;
+        for (uint64_t i = 0; i < n_tensors; i++) {
+            info t;
+            t.name = text("a tensor name");
+            if (t.name.size() >= GGML_MAX_NAME || !tensors.emplace(t.name, entry()).second) {
+                refuse(format("invalid: the tensor '%s' is there twice, or its name is too long", t.name.c_str()));
+            }
+            const uint32_t n_dims = number<uint32_t>();
+            if (n_dims > GGML_MAX_DIMS) {
+                refuse(format("invalid: the tensor '%s' has %u dimensions", t.name.c_str(), n_dims));
+            }
+            for (uint32_t j = 0; j < n_dims; j++) {
+                t.ne[j] = number<uint64_t>();
+            }
+            t.type   = number<uint32_t>();
+            t.offset = number<uint64_t>();
+            infos.push_back(std::move(t));
+        }
+
+        meta.reset(ggml_init({ (infos.size() + 1)*ggml_tensor_overhead(), nullptr, true }));
+        if (!meta) {
+            refuse("out_of_memory: cannot allocate the tensors of the memory");
+        }
+        const size_t begin = GGML_PAD(at, MEM_ALIGNMENT);
+        uint64_t expected = 0; // offset
+        for (const info & t : infos) {
+            const char * name = t.name.c_str();
+            if (t.type != GGML_TYPE_F32 && t.type != GGML_TYPE_F16 && t.type != GGML_TYPE_Q8_0 && t.type != GGML_TYPE_I32) {
+                refuse(format("invalid: the tensor '%s' has type %u", name, t.type));
+            }
+            const ggml_type type = (ggml_type) t.type;
+            if (std::find(t.ne, t.ne + GGML_MAX_DIMS, 0u) != t.ne + GGML_MAX_DIMS || t.ne[0] % ggml_blck_size(type) != 0) {
+                refuse(format("invalid: the tensor '%s' has shape [%" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 "]",
+                    name, t.ne[0], t.ne[1], t.ne[2], t.ne[3]));
+            }
+            if (t.offset != expected) {
+                refuse(format("invalid: the tensor '%s' has offset %" PRIu64 ", expected %" PRIu64, name, t.offset, expected));
+            }
+            // divided before it is multiplied, so that nothing overflows
+            uint64_t room = begin + expected < size ? (size - begin - expected)/ggml_type_size(type) : 0;
+            uint64_t n    = t.ne[0]/ggml_blck_size(type);
+            room /= n;
+            for (int j = 1; j < GGML_MAX_DIMS; j++) {
+                room /= t.ne[j];
+                n    *= room > 0 ? t.ne[j] : 0;
+            }
+            if (room == 0) {
+                refuse(format("truncated: the tensor '%s' ends behind the file, which has %zu bytes; build or copy the memory again", name, size));
+            }
+            const int64_t ne[] = { (int64_t) t.ne[0], (int64_t) t.ne[1], (int64_t) t.ne[2], (int64_t) t.ne[3] };
+            ggml_tensor * tensor = ggml_new_tensor(meta.get(), type, GGML_MAX_DIMS, ne);
+            ggml_set_name(tensor, name);
+            tensors[t.name] = { tensor, content + begin + expected };
+            expected += GGML_PAD(n*ggml_type_size(type), MEM_ALIGNMENT);
+        }
+    }
+
+    const value & find(const std::string & key, gguf_type type) const {
+        const auto it = keys.find(key);
+        if (it == keys.end()) {
+            refuse(format("invalid: the key '%s' is missing", key.c_str()));
+        }
+        if (it->second.type != type) {
+            refuse(format("invalid: the key '%s' has type %s, expected %s", key.c_str(), gguf_type_name(it->second.type), gguf_type_name(type)));
+        }
+        return it->second;
+    }
+
+    uint32_t    u32(const std::string & key) const { return mem_load<uint32_t>(find(key, GGUF_TYPE_UINT32).data); }
+    std::string str(const std::string & key) const { return to_string(find(key, GGUF_TYPE_STRING)); }
+
+    float f32(const std::string & key) const {
+        const float x = mem_load<float>(find(key, GGUF_TYPE_FLOAT32).data);
+        if (!std::isfinite(x)) {
+            refuse(format("invalid: the key '%s' is not a finite number", key.c_str()));
+        }
+        return x;
+    }
+
+    std::vector<int32_t> arr_i32(const std::string & key) const {
+        const value & v = find(key, GGUF_TYPE_ARRAY);
+        if (v.item != GGUF_TYPE_INT32) {
+            refuse(format("invalid: the key '%s' is not an array of i32", key.c_str()));
+        }
+        std::vector<int32_t> res(v.n);
+        if (v.n > 0) {
+            memcpy(res.data(), v.data, v.n*sizeof(int32_t));
+        }
+        return res;
+    }
+
+    static std::string to_string(const value & v) { return std::string((const char *) v.data, v.n); }
+
+    // of a string, u32 or f32: all that the format has
+    static std::string to_text(const value & v) {
+        return v.type == GGUF_TYPE_STRING ? to_string(v) :
+               v.type == GGUF_TYPE_UINT32 ? std::to_string(mem_load<uint32_t>(v.data)) : format("%.9g", mem_load<float>(v.data));
     }
 
     ggml_tensor * tensor(const std::string & name) const {
@@ -163,56 +303,125 @@ struct mem_file {
     }
 
     const int32_t * data_i32(const ggml_tensor * t) const { return (const int32_t *) data(t); }
+
+private:
+    const uint8_t * content;
+    size_t          size;
+    size_t          at;
+    uint64_t        n_tensors;
+
+    // the next n bytes
+    const uint8_t * take(uint64_t n) {
+        if (n > size - at) {
+            refuse("truncated: the header is incomplete or damaged; build or copy the memory again");
+        }
+        at += n;
+        return content + at - n;
+    }
+
+    template <typename T> T number() { return mem_load<T>(take(sizeof(T))); }
+
+    std::string text(const std::string & what) {
+        const uint64_t  n = number<uint64_t>();
+        const uint8_t * p = take(n);
+        if (!mem_is_utf8(p, n)) {
+            refuse(format("invalid: %s is not UTF-8", what.c_str()));
+        }
+        if (n > 0 && memchr(p, 0, n)) {
+            refuse(format("invalid: %s has a NUL", what.c_str()));
+        }
+        return std::string((const char *) p, n);
+    }
+
+    // bytes, 0 for what is no scalar
+    static size_t scalar_size(uint32_t type) {
+        switch (type) {
+            case GGUF_TYPE_UINT8:   case GGUF_TYPE_INT8:  case GGUF_TYPE_BOOL:    return 1;
+            case GGUF_TYPE_UINT16:  case GGUF_TYPE_INT16:                         return 2;
+            case GGUF_TYPE_UINT32:  case GGUF_TYPE_INT32: case GGUF_TYPE_FLOAT32: return 4;
+            case GGUF_TYPE_UINT64:  case GGUF_TYPE_INT64: case GGUF_TYPE_FLOAT64: return 8;
+            default:                                                              return 0;
+        }
+    }
+
+    value read_value(const std::string & key) {
+        const uint32_t type = number<uint32_t>();
+        if (type == GGUF_TYPE_STRING) {
+            const size_t n = text(format("the key '%s'", key.c_str())).size();
+            return { GGUF_TYPE_STRING, GGUF_TYPE_COUNT, n, content + at - n };
+        }
+        if (type != GGUF_TYPE_ARRAY) {
+            const size_t n = scalar_size(type);
+            if (n == 0) {
+                refuse(format("invalid: the key '%s' has type %u", key.c_str(), type));
+            }
+            return { (gguf_type) type, GGUF_TYPE_COUNT, 1, take(n) };
+        }
+        const uint32_t item = number<uint32_t>();
+        const uint64_t n    = number<uint64_t>();
+        if (item == GGUF_TYPE_STRING) {
+            for (uint64_t i = 0; i < n; i++) {
+                take(number<uint64_t>());
+            }
+            return { GGUF_TYPE_ARRAY, GGUF_TYPE_STRING, n, nullptr }; // no memory has one
+        }
+        const size_t item_size = scalar_size(item);
+        if (item_size == 0) {
+            refuse(format("invalid: the key '%s' is an array of type %u", key.c_str(), item));
+        }
+        return { GGUF_TYPE_ARRAY, (gguf_type) item, n, take(n > size/item_size ? UINT64_MAX : n*item_size) };
+    }
 };
 
-mem_file mem_open(const void * data, size_t size) {
-    if ((uintptr_t) data % MEM_ALIGNMENT != 0) {
-        refuse(format("invalid: the data of a memory must begin at a multiple of %zu bytes", MEM_ALIGNMENT));
-    }
-    if (size < 4 || memcmp(data, GGUF_MAGIC, 4) != 0) {
-        refuse("not_a_memory: this is not a GGUF file");
-    }
+bool mem_starts_with(const std::string & s, const char * prefix) {
+    return s.compare(0, strlen(prefix), prefix) == 0;
+}
 
-    mem_file file;
-
-    ggml_context * meta = nullptr;
-    file.gguf.reset(gguf_init_from_buffer(data, size, { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
-    file.meta.reset(meta);
-    if (!file.gguf) {
-        refuse("truncated: the header is incomplete or damaged; build or copy the memory again");
-    }
-
-    const size_t offset = gguf_get_data_offset(file.gguf.get());
-    for (int64_t i = 0; i < gguf_get_n_tensors(file.gguf.get()); i++) {
-        const size_t begin  = offset + gguf_get_tensor_offset(file.gguf.get(), i);
-        const size_t nbytes = gguf_get_tensor_size(file.gguf.get(), i);
-        if (begin < offset || begin + nbytes < begin || begin + nbytes > size) {
-            refuse(format("truncated: the tensor '%s' ends at byte %zu, the file has %zu; build or copy the memory again",
-                gguf_get_tensor_name(file.gguf.get(), i), begin + nbytes, size));
+// keys that are told to users, and not computed with
+void mem_check_about(const mem_file & file) {
+    bool has_fidelity = false;
+    for (const auto & [key, v] : file.keys) {
+        if (mem_starts_with(key, "attnmem.prefix.") && key != "attnmem.prefix.tokens") {
+            file.str(key);
         }
-        if (begin % sizeof(float) != 0) {
-            refuse(format("invalid: the tensor '%s' is not aligned", gguf_get_tensor_name(file.gguf.get(), i)));
+        if (mem_starts_with(key, "attnmem.fidelity.")) {
+            file.f32(key);
+            has_fidelity = true;
         }
-        file.tensors[gguf_get_tensor_name(file.gguf.get(), i)] = { nullptr, (const char *) data + begin };
+        if (mem_starts_with(key, "attnmem.build.")) {
+            switch (v.type) {
+                case GGUF_TYPE_UINT32:  break;
+                case GGUF_TYPE_FLOAT32: file.f32(key); break;
+                default:                file.str(key);
+            }
+        }
     }
-    for (ggml_tensor * t = ggml_get_first_tensor(meta); t; t = ggml_get_next_tensor(meta, t)) {
-        file.tensors.at(t->name).tensor = t;
+    file.str("attnmem.prefix.text");
+    if (has_fidelity) {
+        for (const char * name : { "kl_mean", "kl_none", "top1", "nll_full", "nll_memory", "nll_none", "tokens" }) {
+            file.f32(std::string("attnmem.fidelity.") + name);
+        }
     }
-
-    return file;
 }
 
 void mem_check_model(const mem_file & file, const llama_model & model, llama_adapter_mem & mem) {
     LLM_KV kv(LLM_ARCH_UNKNOWN);
 
     // what this file is
-    if (gguf_find_key(file.gguf.get(), kv(LLM_KV_GENERAL_TYPE).c_str()) < 0 || file.str(kv(LLM_KV_GENERAL_TYPE).c_str()) != "adapter" ||
-        gguf_find_key(file.gguf.get(), kv(LLM_KV_ADAPTER_TYPE).c_str()) < 0 || file.str(kv(LLM_KV_ADAPTER_TYPE).c_str()) != "attention_state_memory") {
+    auto is = [&](const std::string & key, const char * expected) {
+        const auto it = file.keys.find(key);
+        return it != file.keys.end() && it->second.type == GGUF_TYPE_STRING && mem_file::to_string(it->second) == expected;
+    };
+    if (!is(kv(LLM_KV_GENERAL_TYPE), "adapter") || !is(kv(LLM_KV_ADAPTER_TYPE), "attention_state_memory")) {
         refuse("not_a_memory: the GGUF file is not an attention-state memory");
     }
     const uint32_t version = file.u32("attnmem.version");
     if (version != MEM_FORMAT_VERSION) {
         refuse(format("version: the memory has format version %u, this build reads version %u; build it again", version, MEM_FORMAT_VERSION));
+    }
+
+    if (file.u32(GGUF_KEY_GENERAL_ALIGNMENT) != MEM_ALIGNMENT) {
+        refuse(format("invalid: the tensors are aligned to %u bytes, expected %zu", file.u32(GGUF_KEY_GENERAL_ALIGNMENT), MEM_ALIGNMENT));
     }
 
     // what this model is
@@ -240,7 +449,7 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
             refuse(format("wrong_model: the memory was built for a model with %s %s, this one has %s", what, memory.c_str(), model_has.c_str()));
         }
     };
-    expect("architecture",   file.str(kv(LLM_KV_GENERAL_ARCHITECTURE).c_str()),        arch);
+    expect("architecture",   file.str(kv(LLM_KV_GENERAL_ARCHITECTURE)),        arch);
     expect("block count",    std::to_string(file.u32("attnmem.block_count")),          std::to_string(hparams.n_layer()));
     for (uint32_t il = 0; il < hparams.n_layer(); il++) {
         expect("head count",    std::to_string(file.u32("attnmem.attention.head_count")),    std::to_string(hparams.n_head(il)));
@@ -259,8 +468,8 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
     mem.kq_scale        = file.f32("attnmem.attention.scale");
     mem.rope_freq_base  = file.f32("attnmem.rope.freq_base");
     mem.rope_freq_scale = file.f32("attnmem.rope.freq_scale");
-    if (!std::isfinite(mem.kq_scale) || mem.kq_scale <= 0 || !std::isfinite(mem.rope_freq_base) || !std::isfinite(mem.rope_freq_scale)) {
-        refuse("invalid: a scale is not a finite number");
+    if (mem.kq_scale <= 0 || mem.rope_freq_base <= 0 || mem.rope_freq_scale <= 0) {
+        refuse("invalid: a scale is not more than 0");
     }
 
     mem.prefix_tokens = file.arr_i32("attnmem.prefix.tokens");
@@ -485,9 +694,10 @@ bool mem_device_has_op(ggml_backend_dev_t dev, const llama_adapter_mem * mem, in
 } // namespace
 
 void llama_adapter_mem::load(const void * data, size_t size) {
-    mem_file file = mem_open(data, size);
+    mem_file file(data, size);
 
     mem_check_model(file, *model, *this);
+    mem_check_about(file);
 
     const uint32_t n_segments = file.u32("attnmem.segment.count");
     if (n_segments < 1 || n_segments > MEM_MAX_SEGMENTS) {
@@ -499,7 +709,7 @@ void llama_adapter_mem::load(const void * data, size_t size) {
     }
     mem_check_offsets("attnmem.segment.offset", segment_offset.data(), n_segments + 1, prefix_tokens.size());
 
-    if (gguf_find_key(file.gguf.get(), "attnmem.token.top_k") >= 0) {
+    if (file.keys.count("attnmem.token.top_k")) {
         token_top_k = file.u32("attnmem.token.top_k");
         if (token_top_k < 1 || token_top_k > MEM_MAX_TOP_K) {
             refuse(format("invalid: the key 'attnmem.token.top_k' is %" PRId64 ", expected 1 to %u", token_top_k, MEM_MAX_TOP_K));
@@ -508,9 +718,11 @@ void llama_adapter_mem::load(const void * data, size_t size) {
 
     const auto & hparams = model->hparams;
 
-    if (file.tensors.size() > std::size(MEM_KINDS)*MEM_MAX_KIND_TENSORS*n_segments*hparams.n_layer()) {
-        refuse(format("invalid: %zu tensors are too many for %u segments of %u layers", file.tensors.size(), n_segments, hparams.n_layer()));
+    if ((uint64_t) n_segments*hparams.n_layer()*hparams.n_head_kv() > MEM_MAX_KV_HEADS) {
+        refuse(format("invalid: the KV heads of %u segments are too many", n_segments));
     }
+
+    file.read_tensors(std::size(MEM_KINDS)*MEM_MAX_KIND_TENSORS*n_segments*hparams.n_layer());
 
     size_t n_tensors = 0;
 
@@ -534,9 +746,9 @@ void llama_adapter_mem::load(const void * data, size_t size) {
             }
         }
     }
-    if (n_tensors != (size_t) gguf_get_n_tensors(file.gguf.get())) {
-        refuse(format("invalid: the memory has %" PRId64 " tensors, of which only %zu are known to this build; it may need a newer one",
-            gguf_get_n_tensors(file.gguf.get()), n_tensors));
+    if (n_tensors != file.tensors.size()) {
+        refuse(format("invalid: the memory has %zu tensors, of which only %zu are known to this build; it may need a newer one",
+            file.tensors.size(), n_tensors));
     }
 
     // place the tables: where they are if the CPU computes the layer, in a buffer of its device elsewhere
@@ -606,9 +818,9 @@ void llama_adapter_mem::load(const void * data, size_t size) {
     }
 
     // scalar metadata for llama_adapter_mem_meta_*
-    for (int64_t i = 0; i < gguf_get_n_kv(file.gguf.get()); i++) {
-        if (gguf_get_kv_type(file.gguf.get(), i) != GGUF_TYPE_ARRAY) {
-            gguf_kv.emplace(gguf_get_key(file.gguf.get(), i), gguf_kv_to_str(file.gguf.get(), i));
+    for (const auto & [key, v] : file.keys) {
+        if (v.type == GGUF_TYPE_STRING || v.type == GGUF_TYPE_UINT32 || v.type == GGUF_TYPE_FLOAT32) {
+            gguf_kv.emplace(key, mem_file::to_text(v));
         }
     }
 

@@ -43,7 +43,7 @@ class Checker:
         self.path.write_bytes(content)
         failures: list[str] = []
         llama = self.scorers[base.model, False].llama
-        memory, python = self._read("python", lambda: Memory.load(self.path), failures)
+        memory, python = self._read("python", lambda: _load(self.path), failures)
         loaded, runtime = self._read("native", lambda: LoadedMemory(llama, self.path), failures)
         fits = memory is not None and _fits(memory, base)
         if fits != (loaded is not None):
@@ -154,6 +154,12 @@ def _logits(scorer: Scorer, memory: LoadedMemory, lookup: str) -> np.ndarray | E
         return np.concatenate(rows)
     except Exception as error:
         return error
+
+
+def _load(path: Path) -> Memory:
+    memory = Memory.load(path)
+    memory.n_entries("anchor")  # as `attnmem show` does
+    return memory
 
 
 def _fits(memory: Memory, base: Base) -> bool:
