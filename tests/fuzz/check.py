@@ -183,8 +183,8 @@ def _key(memory: Memory) -> bytes:
 
 def _close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Per state, for states [..., d_v + 1]."""
-    o = np.abs(a - b)[..., :-1].max(-1) <= 1e-3 * np.abs(b[..., :-1]).max(-1) + 1e-4
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # both may be the empty state
+        o = np.abs(a - b)[..., :-1].max(-1) <= 1e-3 * np.abs(b[..., :-1]).max(-1) + 1e-4
         lse = (a[..., -1] == b[..., -1]) | (np.abs(a - b)[..., -1] <= 1e-3 * np.abs(b[..., -1]) + 1e-3)
     return o & lse
 
