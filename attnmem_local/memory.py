@@ -377,8 +377,8 @@ class _Parser:
         if spec.head_count % spec.head_count_kv:
             raise Invalid(f"{spec.head_count} heads cannot share {spec.head_count_kv} KV heads")
         for name in ("scale", "rope_freq_base", "rope_freq_scale"):
-            if getattr(spec, name) <= 0:
-                raise Invalid(f"the key '{_MODEL_KEYS[name]}' is {getattr(spec, name)}, expected more than 0")
+            if not 0 < (x := getattr(spec, name)) <= MAX_ABS:
+                raise Invalid(f"the key '{_MODEL_KEYS[name]}' is {x:g}, expected more than 0 and at most {MAX_ABS:g}")
         return spec
 
     def top_k(self) -> int | None:

@@ -253,6 +253,7 @@ HOSTILE = {
     "fidelity that is text": _key(b"attnmem.fidelity.kl_mean", string(b"good")),
     "a scale of 0": _key(b"attnmem.attention.scale", scalar(F32, 0)),
     "a scale of NaN": _key(b"attnmem.attention.scale", scalar(F32, np.nan)),
+    "a scale that would overflow": _key(b"attnmem.attention.scale", scalar(F32, 1e30)),
     "an infinite RoPE base": _key(b"attnmem.rope.freq_base", scalar(F32, np.inf)),
     "an alignment of 32": _key(b"general.alignment", scalar(U32, 32)),
     "no alignment": _key(b"general.alignment"),

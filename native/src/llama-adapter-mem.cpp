@@ -468,8 +468,10 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
     mem.kq_scale        = file.f32("attnmem.attention.scale");
     mem.rope_freq_base  = file.f32("attnmem.rope.freq_base");
     mem.rope_freq_scale = file.f32("attnmem.rope.freq_scale");
-    if (mem.kq_scale <= 0 || mem.rope_freq_base <= 0 || mem.rope_freq_scale <= 0) {
-        refuse("invalid: a scale is not more than 0");
+    for (const float x : { mem.kq_scale, mem.rope_freq_base, mem.rope_freq_scale }) {
+        if (x <= 0 || x > MEM_MAX_ABS) {
+            refuse(format("invalid: a scale is %g, expected more than 0 and at most %g", x, MEM_MAX_ABS));
+        }
     }
 
     mem.prefix_tokens = file.arr_i32("attnmem.prefix.tokens");

@@ -35,7 +35,10 @@ def mutated(content: bytes, parsed: Container, rng: np.random.Generator) -> tupl
     done = []
     for _ in range(rng.choice([0, 1, 2, 3], p=[0.1, 0.6, 0.2, 0.1])):
         mutation = _pick(rng, _MUTATIONS)
-        done.append(f"{mutation.__name__}: {mutation(rng, file)}")
+        try:
+            done.append(f"{mutation.__name__}: {mutation(rng, file)}")
+        except (ValueError, IndexError, OverflowError, struct.error) as error:  # of what an earlier mutation broke
+            done.append(f"{mutation.__name__}: {error}")
     data = file.bytes() if done else content
     if not done or rng.random() < 0.05:
         data, what = _bytes(rng, data)
