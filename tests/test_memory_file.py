@@ -1,6 +1,7 @@
 """The memory file is untrusted input: each way it can be wrong has its own error, in Python and in native code."""
 
 import copy
+import os
 import time
 from types import SimpleNamespace
 
@@ -348,6 +349,12 @@ def test_not_a_memory(llama, tiny, tmp_path):
     text.write_text("hello")
     refused_by_both(llama, text, errors.NotAMemory)
     refused_by_both(llama, tmp_path / "missing.mem.gguf", errors.Unreadable)
+
+
+def test_a_pipe_or_a_folder_given_as_a_memory_is_refused_at_once(llama, tmp_path):
+    os.mkfifo(tmp_path / "pipe.mem.gguf")
+    refused_by_both(llama, tmp_path / "pipe.mem.gguf", errors.Unreadable, "not a regular file")
+    refused_by_both(llama, tmp_path, errors.Unreadable, "[Dd]irectory|not a regular file")
 
 
 def test_other_model_and_other_finetune(tiny, good, tmp_path):
