@@ -23,7 +23,12 @@ _SCALARS = {
     10: ("u64", "Q"), 11: ("i64", "q"), 12: ("f64", "d"),
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_TENSORS = {0: ("f32", np.dtype("<f4"), 1, 4), 1: ("f16", np.dtype("<f2"), 1, 2), 8: ("q8_0", np.dtype("u1"), 32, 34), 26: ("i32", np.dtype("<i4"), 1, 4)}
+_TENSORS = {  # name, numbers in the file, values and bytes of a block
+    0: ("f32", np.dtype("<f4"), 1, 4),
+    1: ("f16", np.dtype("<f2"), 1, 2),
+    8: ("q8_0", np.dtype("u1"), 32, 34),
+    26: ("i32", np.dtype("<i4"), 1, 4),
+}
 
 
 class Value(NamedTuple):
@@ -87,7 +92,8 @@ class GGUFFile:
         row = dims[0] // block * size  # bytes
         nbytes = row * math.prod(dims[1:])
         if nbytes > len(self._content) - begin - offset:
-            raise Truncated(f"the tensor '{name}' ends at byte {begin + offset + nbytes}, the file has {len(self._content)}; build or copy the memory again")
+            size = len(self._content)
+            raise Truncated(f"the tensor '{name}' ends behind the file, which has {size} bytes; build or copy the memory again")
         self._expected_offset += nbytes + -nbytes % ALIGNMENT
         data = np.frombuffer(self._content, dtype, nbytes // dtype.itemsize, begin + offset)
         return Tensor(type_name, tuple(reversed(dims)), data.reshape(-1, row // dtype.itemsize))

@@ -366,7 +366,9 @@ class _Parser:
         if memory.token_top_k is None and any(layer.token for layers in memory.layers for layer in layers.values()):
             raise Invalid("the key 'attnmem.token.top_k' is missing")
         if self.n_used != len(self.tensors):
-            raise Invalid(f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build; it may need a newer one")
+            raise Invalid(
+                f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build; it may need a newer one"
+            )
         return memory
 
     def spec(self) -> ModelSpec:

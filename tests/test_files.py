@@ -24,10 +24,16 @@ def save(path: Path, text: str) -> None:
 def program(code: str, *arguments) -> subprocess.Popen:
     """Python that prints when it is about to wait for a line of its input."""
     prelude = "import sys; from attnmem_local.files import replace_file\ndef wait(): print('waits', flush=True); sys.stdin.readline()\n"
-    return subprocess.Popen([sys.executable, "-c", prelude + code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", prelude + code, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-HALF = "with replace_file(sys.argv[1]) as part: f = open(part, 'w'); f.write('half'); f.flush(); wait(); f.write(' and half'); f.close()"
+HALF = """
+with replace_file(sys.argv[1]) as part, open(part, "w") as f:
+    f.write("half"); f.flush()
+    wait()
+    f.write(" and half")
+"""
 
 
 def test_two_builds_of_one_file_both_succeed_and_leave_one_whole_file(tmp_path):

@@ -146,7 +146,10 @@ INVALID = {
     "infinite value": lambda m: _set(_centroid(m), "value", (0, 0), np.inf),
     "bias that would overflow": lambda m: _set(_centroid(m), "bias", 0, -3e38),
     "messages that are not chat": lambda m: setattr(m, "prefix_messages", {"role": "system"}),
-    "too many segments": lambda m: (setattr(m, "layers", m.layers + [{}] * 300), setattr(m, "segment_offset", m.segment_offset + [len(m.prefix_tokens)] * 300)),
+    "too many segments": lambda m: (
+        setattr(m, "layers", m.layers + [{}] * 300),
+        setattr(m, "segment_offset", m.segment_offset + [len(m.prefix_tokens)] * 300),
+    ),
     "NaN log-sum-exp": lambda m: _set(_centroid(m), "lse", 5, np.nan),
     "+inf log-sum-exp": lambda m: _set(_centroid(m), "lse", 5, np.inf),
     "offsets descend": lambda m: _set(_centroid(m), "offset", 1, 1000),
@@ -154,7 +157,10 @@ INVALID = {
     "negative offset": lambda m: _set(_centroid(m), "offset", 0, -1),
     "link beyond the table": lambda m: _set(_graph(m), "link0", (2, 0), 24),
     "link of −2": lambda m: _set(_graph(m), "link0", (2, 0), -2),
-    "upper link to an entry without that level": lambda m: (_set(_graph(m), "upper", slice(1, None), 1), _set(_graph(m), "link", (0, 0), 7)),
+    "upper link to an entry without that level": lambda m: (
+        _set(_graph(m), "upper", slice(1, None), 1),
+        _set(_graph(m), "link", (0, 0), 7),
+    ),
     "upper link beyond the table": lambda m: _set(_graph(m), "link", (0, 0), 1 << 30),
     "upper rows beyond the links": lambda m: _set(_graph(m), "upper", -1, 1 << 30),
     "entry point beyond the table": lambda m: _set(_graph(m), "entry", 0, 24),

@@ -40,7 +40,8 @@ class Container:
     counts: dict[str, int] = field(default_factory=dict)  # lies about the number of "keys" and "tensors"
 
     def bytes(self) -> bytes:
-        head = [struct.pack("<4sIQQ", b"GGUF", self.version, self.counts.get("tensors", len(self.tensors)), self.counts.get("keys", len(self.keys)))]
+        counts = {"tensors": len(self.tensors), "keys": len(self.keys)} | self.counts
+        head = [struct.pack("<4sIQQ", b"GGUF", self.version, counts["tensors"], counts["keys"])]
         for key, value in self.keys:
             head += [text(key), struct.pack("<I", value.type), value.payload]
         data = bytearray()

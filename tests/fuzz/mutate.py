@@ -17,13 +17,16 @@ _BAD_TEXT = (
     "\u2028é😀".encode(), b"\n", b'"', b"%s%n",
 )  # fmt: skip
 _JSON = (
-    b"", b"[]", b"{}", b"null", b"5", b"[1]", b"[" * 5000, b'[{"role": "system"}]', b'[{"role": "system", "content": 5}]', b'[{"role": 1, "content": "x"}]',
-    b'[{"role": "system", "content": "x"}]', b'[{"role": "system", "content": "\\ud800"}]', b'[{"role": "user", "content": null}]', b"NaN", b'"x"',
+    b"", b"[]", b"{}", b"null", b"5", b"[1]", b"[" * 5000,
+    b'[{"role": "system"}]', b'[{"role": "system", "content": 5}]', b'[{"role": 1, "content": "x"}]',
+    b'[{"role": "system", "content": "x"}]', b'[{"role": "system", "content": "\\ud800"}]', b'[{"role": "user", "content": null}]',
+    b"NaN", b'"x"',
 )  # fmt: skip
 _KEYS = (
-    "general.type", "general.name", "general.alignment", "adapter.type", "attnmem.version", "attnmem.unknown", "attnmem.token.top_k", "attnmem.prefix.text",
-    "attnmem.prefix.messages", "attnmem.prefix.tools", "attnmem.prefix.date", "attnmem.prefix.unknown", "attnmem.build.x", "attnmem.build.", "attnmem.build.[red]",
-    "attnmem.fidelity.kl_mean", "attnmem.fidelity.kl_none", "attnmem.fidelity.unknown", "split.count", "tokenizer.ggml.tokens",
+    "general.type", "general.name", "general.alignment", "adapter.type", "attnmem.version", "attnmem.unknown", "attnmem.token.top_k",
+    "attnmem.prefix.text", "attnmem.prefix.messages", "attnmem.prefix.tools", "attnmem.prefix.date", "attnmem.prefix.unknown",
+    "attnmem.build.x", "attnmem.build.", "attnmem.build.[red]", "attnmem.fidelity.kl_mean", "attnmem.fidelity.kl_none",
+    "attnmem.fidelity.unknown", "split.count", "tokenizer.ggml.tokens",
 )  # fmt: skip
 _PARTS = ("key", "bias", "value", "lse", "head", "link0", "link", "upper", "list_key", "list_bias", "list")
 _KINDS = ("centroid", "tangent", "residual", "token", "anchor")
@@ -55,7 +58,8 @@ def _number(rng) -> float:
 
 
 def _integer(rng, near: int = 0) -> int:
-    return _pick(rng, (near - 1, near + 1, near * 2, 0, 1, -1, -2, 2, 64, 1024, 1025, 1 << 15, (1 << 31) - 1, 1 << 31, -(1 << 31), (1 << 32) - 1, int(rng.integers(1 << 12))))
+    fixed = (0, 1, -1, -2, 2, 64, 1024, 1025, 1 << 15, (1 << 31) - 1, 1 << 31, -(1 << 31), (1 << 32) - 1)
+    return _pick(rng, (near - 1, near + 1, near * 2, *fixed, int(rng.integers(1 << 12))))
 
 
 def _bad_text(rng, data: bytes) -> bytes:
@@ -77,7 +81,9 @@ def _value(rng) -> Value:
     if kind in (F32, F64):
         with np.errstate(over="ignore"):
             return scalar(kind, float(np.float32(_number(rng))))
-    low, high = {U8: (0, 8), BOOL: (0, 8), I8: (7, 7), U16: (0, 16), I16: (15, 15), U32: (0, 32), I32: (31, 31), U64: (0, 63), I64: (63, 62)}[kind]
+    low, high = {
+        U8: (0, 8), BOOL: (0, 8), I8: (7, 7), U16: (0, 16), I16: (15, 15), U32: (0, 32), I32: (31, 31), U64: (0, 63), I64: (63, 62),
+    }[kind]  # bits  # fmt: skip
     return scalar(kind, int(np.clip(_integer(rng), -(1 << low) if low else 0, (1 << high) - 1)))
 
 
@@ -117,13 +123,15 @@ def key_value(rng, file):
     key, value = file.keys[i]
     old = value.payload
     if value.type == STRING:
-        data = _pick(rng, _JSON) if key.endswith((b"messages", b"tools")) and rng.random() < 0.5 else _bad_text(rng, old[8:])
+        is_json = key.endswith((b"messages", b"tools")) and rng.random() < 0.5
+        data = _pick(rng, _JSON) if is_json else _bad_text(rng, old[8:])
         value = string(data) if rng.random() < 0.8 else Value(STRING, text(data, _pick(rng, (len(data) + 1, *_COUNTS))))
     elif value.type == U32:
         value = scalar(U32, _integer(rng, struct.unpack("<I", old)[0]) % (1 << 32))
     elif value.type == F32:
         with np.errstate(over="ignore"):
-            value = scalar(F32, np.float32(_pick(rng, (_number(rng), -1, 1 + 1e-3, 1 + 1e-6)) * _pick(rng, (1, struct.unpack("<f", old)[0]))))
+            factor = _pick(rng, (_number(rng), -1, 1 + 1e-3, 1 + 1e-6))
+            value = scalar(F32, np.float32(factor * _pick(rng, (1, struct.unpack("<f", old)[0]))))
     elif value.type == ARRAY and len(old) > 12:
         item, n = struct.unpack_from("<IQ", old)
         items = bytearray(old[12:])
@@ -292,7 +300,8 @@ def tensor_numbers(rng, file):
             blocks = np.frombuffer(t.data, np.uint8).reshape(-1, 34).copy()
             rows = slice(None) if how == 0 else rng.integers(len(blocks), size=_pick(rng, (1, 2, 9)))
             if how < 5:
-                blocks[rows, :2] = np.array(_pick(rng, (np.nan, np.inf, -np.inf, 0, 1e-7, 60000, -1, 1e-3)), np.float16)[None].view(np.uint8)
+                scale = np.array([_pick(rng, (np.nan, np.inf, -np.inf, 0, 1e-7, 60000, -1, 1e-3))], np.float16)
+                blocks[rows, :2] = scale.view(np.uint8)
             else:
                 blocks[rows, 2:] = rng.integers(256, size=blocks[rows, 2:].shape)
             t.data = blocks.tobytes()
@@ -366,7 +375,7 @@ def _bytes(rng, content: bytes) -> tuple[bytes, str]:
 
 
 _MUTATIONS = (
-    key_missing, key_twice, key_name, key_type, key_type, key_value, key_value, key_value, key_value, key_added, key_added, key_order, alignment, header,
-    tensor_missing, tensor_twice, tensor_name, tensor_name, tensor_dims, tensor_dims, tensor_dims, tensor_type, tensor_offset, tensor_order,
-    tensor_numbers, tensor_numbers, tensor_numbers, tensor_numbers, graph_width,
+    key_missing, key_twice, key_name, key_type, key_type, key_value, key_value, key_value, key_value, key_added, key_added, key_order,
+    alignment, header, tensor_missing, tensor_twice, tensor_name, tensor_name, tensor_dims, tensor_dims, tensor_dims, tensor_type,
+    tensor_offset, tensor_order, tensor_numbers, tensor_numbers, tensor_numbers, tensor_numbers, graph_width,
 )  # fmt: skip

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -30,7 +31,17 @@ class Report:
     failures: list[tuple[int, list[str], str]] = field(default_factory=list)  # file, mutations, what is wrong
 
 
-def fuzz(bases: list[Base], folder: Path, files: int, seed: int = SEED, first: int = 0, jobs: int = 1, keep: Path | None = None, stop: bool = False, progress=lambda report: None) -> Report:
+def fuzz(
+    bases: list[Base],
+    folder: Path,
+    files: int,
+    seed: int = SEED,
+    first: int = 0,
+    jobs: int = 1,
+    keep: Path | None = None,
+    stop: bool = False,
+    progress: Callable[[Report], None] = lambda report: None,
+) -> Report:
     """Try files `first` to `first + files - 1` of a seed; a file depends on its number and the seed alone.
 
     keep: a folder for the files that show a failure. stop: at the first one.
@@ -56,7 +67,8 @@ def fuzz(bases: list[Base], folder: Path, files: int, seed: int = SEED, first: i
                 except EOFError:
                     worker.process.join()
                     code = worker.process.exitcode
-                    what = "hang" if code in (-signal.SIGPROF, -signal.SIGKILL) else f"crash: {signal.strsignal(-code) if code < 0 else code}"
+                    is_hang = code in (-signal.SIGPROF, -signal.SIGKILL)
+                    what = "hang" if is_hang else f"crash: {signal.strsignal(-code) if code < 0 else code}"
                     outcome, failures = {"process": what}, [what]
                     worker.start(worker.files[1:])
                 else:
