@@ -152,7 +152,7 @@ build_sanitized() {
 }
 
 fuzz_sanitized() {
-    export LLAMA_CPP_LIB_PATH=$PWD/build/sanitized/bin ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+    export LLAMA_CPP_LIB_PATH=$PWD/build/sanitized/bin ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
     LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" PYTHONPATH=tests exec $py -m fuzz "$@"
 }
 
