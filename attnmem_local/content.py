@@ -21,8 +21,7 @@ def read_content(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
     """
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
-        with open(descriptor, "rb") as f:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:  # a FIFO must not block
             status = os.fstat(f.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable(f"'{path}' is not a regular file")
@@ -30,6 +29,8 @@ def read_content(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
                 return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
             content = _aligned(status.st_size)
             content = content[: f.readinto(memoryview(content))]
+    except MemoryError:
+        raise Unreadable(f"'{path}' does not fit into RAM") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         if isinstance(error, Unreadable):
             raise

@@ -1,11 +1,11 @@
 """What a build reads and where it writes, checked before the work: a mistyped path must not cost the minutes of a build."""
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Sequence
 
 from .chat import parse_messages
+from .files import check_space
 from .queries.traces import read_traces
 from .texts import read_text
 
@@ -44,17 +44,7 @@ def _is_kept(path: str | os.PathLike) -> bool:
 
 def check_target(out: str | os.PathLike, inputs: Sequence[str | os.PathLike] = ()) -> None:
     """Raises OSError or ValueError if a memory cannot be written to a path, or would replace what it is built from."""
-    out = Path(out)
-    folder = out.resolve().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the folder of '{out}' does not exist")
-    if out.exists() and not out.is_file():
-        raise ValueError(f"'{out}' is not a regular file; give the memory a name of its own with --out")
+    check_space(out, 0)
     for path in inputs:
-        if out.exists() and os.path.exists(path) and os.path.samefile(out, path):
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
             raise ValueError(f"the memory would replace '{path}', which it is built from; choose another --out")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise type(error)(f"cannot write into the folder '{folder}': {error.strerror}") from None

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -12,19 +11,26 @@ import gguf
 import numpy as np
 
 from .chat import parse_date, parse_messages, parse_tools
-from .errors import Invalid, NotAMemory, Truncated, Unreadable, WrongVersion
+from .content import read_content
+from .errors import Invalid, NotAMemory, WrongVersion
+from .files import check_space, replace_file
+from .gguf_file import ALIGNMENT, GGUFFile, Value
 from .prefix import Prefix
 
 FORMAT_VERSION = 2
-ALIGNMENT = 64  # of tensors: a cache line
 ADAPTER_TYPE = "attention_state_memory"
-MAX_BLOCKS = 4096
+MAX_BLOCKS = 512  # as llama.cpp has
+MAX_HEADS = 1024
+MAX_KV_HEADS = 1 << 22  # in all layers of all segments
+MAX_KIND_TENSORS = 12  # of one kind in one segment of one layer
 MAX_SEGMENTS = 256
 MAX_TOP_K = 1024
 MAX_ABS = np.float32(1e15)  # larger numbers could overflow in a product
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 _Q8_0_BLOCK, _Q8_0_BYTES = gguf.GGML_QUANT_SIZES[Q8_0]
+
+FIDELITY = ("kl_mean", "kl_none", "top1", "nll_full", "nll_memory", "nll_none", "tokens")  # measured all together
 
 _BLOCK_NAME = re.compile(r"seg\.(\d{1,9})\.blk\.(\d{1,9})\.")
 
@@ -191,28 +197,15 @@ class Memory:
         return n
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file under a temporary name, then rename it: the old file stays until the new one is whole."""
-        path = Path(path)
+        """Write the file; the old one stays until the new one is whole. Raises OSError."""
         check_space(path, self.nbytes())
-        part = path.with_name(path.name + ".part")
-        try:
+        with replace_file(path) as part:
             _write(self, part)
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Memory":
         """Read and check a file. Raises a MemoryRefused that names what is wrong."""
-        return _read(Path(path))
-
-
-def check_space(path: str | os.PathLike, nbytes: int) -> None:
-    """Raises OSError if the disk has not that much room for a file."""
-    free = shutil.disk_usage(Path(path).resolve().parent).free
-    if free < nbytes:
-        raise OSError(f"'{path}' takes {nbytes / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left; free some or choose another --out")
+        return _Parser(read_content(path)).memory()
 
 
 def _tensors(memory: Memory):
@@ -235,6 +228,8 @@ def _tensors(memory: Memory):
                     if array is not None:
                         yield f"seg.{s}.blk.{il}.{kind.name}.{part}", array
 
+
+_TYPES = {str: "str", int: "u32", float: "f32", list: "arr[i32]"}  # of values in the file
 
 # keys of the fields of ModelSpec
 _MODEL_KEYS = {
@@ -275,7 +270,8 @@ def _write(memory: Memory, path: Path) -> None:
     writer.add_array("attnmem.segment.offset", [int(i) for i in memory.segment_offset])
     if memory.token_top_k is not None:
         writer.add_uint32("attnmem.token.top_k", memory.token_top_k)
-    for group, values in (("build", memory.build), ("fidelity", memory.fidelity)):
+    is_measured = np.isfinite(list(memory.fidelity.values())).all()  # one token of live text has no perplexity
+    for group, values in (("build", memory.build), ("fidelity", memory.fidelity if is_measured else {})):
         for name, value in values.items():
             add[type(value)](f"attnmem.{group}.{name}", value)
     for name, array in _tensors(memory):
@@ -288,67 +284,45 @@ def _write(memory: Memory, path: Path) -> None:
         writer.close()
 
 
-def _read(path: Path) -> Memory:
-    try:
-        with open(path, "rb") as f:
-            magic = f.read(4)
-    except OSError as error:
-        raise Unreadable(f"cannot open '{path}': {error.strerror}") from None
-    if magic != b"GGUF":
-        raise NotAMemory(f"'{path}' is not a GGUF file")
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # the reader checks little: a damaged file can fail in any of its expressions
-        raise Truncated(f"the header or the data of '{path}' is incomplete or damaged ({error})") from None
-    return _Parser(reader).memory()
-
-
 class _Parser:
-    """Turns a GGUFReader into a Memory; every field is checked before it is used."""
+    """Turns the content of a file into a Memory; every field is checked before it is used. native/src has its twin."""
 
-    def __init__(self, reader: gguf.GGUFReader):
-        self.reader = reader
-        self.tensors = {t.name: t for t in reader.tensors}
+    def __init__(self, content: np.ndarray):
+        self.file = GGUFFile(content)
         self.n_used = 0
 
-    def value(self, key: str, kind: type | list):
-        """The value of a key: kind is str, int, float or list (of int)."""
-        if (found := self.reader.fields.get(key)) is None:
+    def value(self, key: str, kind: type):
+        """The value of a key: kind is str, int, float or list (of int). Numbers are finite."""
+        if (found := self.file.keys.get(key)) is None:
             raise Invalid(f"the key '{key}' is missing")
-        wanted = {
-            str: [gguf.GGUFValueType.STRING],
-            int: [gguf.GGUFValueType.UINT32],
-            float: [gguf.GGUFValueType.FLOAT32],
-            list: [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32],
-        }[kind]
-        if found.types != wanted:
-            raise Invalid(f"the key '{key}' has type {[t.name for t in found.types]}, expected {[t.name for t in wanted]}")
-        try:
-            return kind(found.contents())
-        except UnicodeDecodeError:
-            raise Invalid(f"the key '{key}' is not UTF-8") from None
+        if found.type != _TYPES[kind]:
+            raise Invalid(f"the key '{key}' has type {found.type}, expected {_TYPES[kind]}")
+        if kind is float and not np.isfinite(found.value):
+            raise Invalid(f"the key '{key}' is not a finite number")
+        return found.value.tolist() if kind is list else found.value
 
-    def group(self, prefix: str) -> dict:
-        """All scalars below a prefix of keys."""
-        kinds = {gguf.GGUFValueType.STRING: str, gguf.GGUFValueType.UINT32: int, gguf.GGUFValueType.FLOAT32: float}
+    def group(self, prefix: str, kinds: tuple[type, ...], but: str | None = None) -> dict:
+        """All values below a prefix of keys, which are of these kinds; but: the name of one that is not."""
+        of_type = {_TYPES[kind]: kind for kind in kinds}
         return {
-            key[len(prefix) :]: self.value(key, kinds.get(found.types[0], str))
-            for key, found in self.reader.fields.items()
-            if key.startswith(prefix)
+            key[len(prefix) :]: self.value(key, of_type.get(found.type, kinds[0]))
+            for key, found in self.file.keys.items()
+            if key.startswith(prefix) and key != f"{prefix}{but}"
         }
 
-    def tensor(self, name: str, dtypes: tuple, shape: tuple) -> np.ndarray:
-        """A tensor that must be there; a dimension of None may be anything."""
+    def tensor(self, name: str, types: tuple[str, ...], shape: tuple) -> np.ndarray:
+        """A tensor that must be there, of one or two dimensions; one of None may be anything."""
         if (found := self.tensors.get(name)) is None:
             raise Invalid(f"the tensor '{name}' is missing")
-        array = found.data
-        if array.dtype not in dtypes:
-            raise Invalid(f"the tensor '{name}' has type {found.tensor_type.name}, expected {' or '.join(np.dtype(d).name for d in dtypes)}")
-        if array.ndim != len(shape) or any(b is not None and a != b for a, b in zip(array.shape, shape)):
-            raise Invalid(f"the tensor '{name}' has shape {array.shape}, expected {shape}")
-        if array.dtype == np.uint8:
+        if found.type not in types:
+            raise Invalid(f"the tensor '{name}' has type {found.type}, expected {' or '.join(types)}")
+        expected = (1, 1, *shape)[-4:] if len(shape) == 2 else (1, 1, 1, *shape)
+        if any(b is not None and a != b for a, b in zip(found.shape, expected)):
+            raise Invalid(f"the tensor '{name}' has shape {found.shape}, expected {expected}")
+        array = found.data if len(shape) == 2 else found.data[0]
+        if found.type == "q8_0":
             bounded = np.isfinite(_block_scales(array))  # 127 times the largest is far below MAX_ABS
-        elif array.dtype == np.int32:
+        elif found.type == "i32":
             bounded = np.True_  # offsets and ids have their own checks
         else:
             bounded = (np.abs(array) <= MAX_ABS) | (name.endswith(".centroid.lse") & (array == -np.inf))
@@ -359,69 +333,71 @@ class _Parser:
 
     def table(self, name: str, n: int | None, d: int) -> np.ndarray:
         """A table of keys or values that must be there."""
-        if (found := self.tensors.get(name)) is not None and found.tensor_type == Q8_0:
-            if d % _Q8_0_BLOCK:
-                raise Invalid(f"the tensor '{name}' has type Q8_0, but {d} values do not divide into its blocks")
-            return self.tensor(name, (np.uint8,), (n, d // _Q8_0_BLOCK * _Q8_0_BYTES))
-        return self.tensor(name, (np.float16, np.float32), (n, d))
+        return self.tensor(name, ("f16", "f32", "q8_0"), (n, d))
 
     def memory(self) -> Memory:
-        try:
-            what = (self.value("general.type", str), self.value("adapter.type", str))
-        except Invalid:
-            what = None
-        if what != ("adapter", ADAPTER_TYPE):
+        what = [self.file.keys.get(key) for key in ("general.type", "adapter.type")]
+        if what != [Value("str", "adapter"), Value("str", ADAPTER_TYPE)]:
             raise NotAMemory("the GGUF file is not an attention-state memory")
         if (version := self.value("attnmem.version", int)) != FORMAT_VERSION:
             raise WrongVersion(f"the memory has format version {version}, this build reads version {FORMAT_VERSION}; build it again")
-        spec = ModelSpec(**{name: self.value(key, ModelSpec.__annotations__[name]) for name, key in _MODEL_KEYS.items()})
+        if (alignment := self.value("general.alignment", int)) != ALIGNMENT:
+            raise Invalid(f"the tensors are aligned to {alignment} bytes, expected {ALIGNMENT}")
+        spec = self.spec()
         tokens = self.value("attnmem.prefix.tokens", list)
+        if min(tokens, default=0) < 0:
+            raise Invalid(f"the prefix has token {min(tokens)}")
         n_segments = self.value("attnmem.segment.count", int)
         segment_offset = self.value("attnmem.segment.offset", list)
         if not 1 <= n_segments <= MAX_SEGMENTS or len(segment_offset) != n_segments + 1:
             raise Invalid(f"{n_segments} segments with {len(segment_offset)} offsets")
         _check_offsets("attnmem.segment.offset", np.array(segment_offset), len(tokens))
-        if not (0 < spec.block_count <= MAX_BLOCKS and spec.head_count_kv and spec.head_count % spec.head_count_kv == 0):
-            raise Invalid(f"{spec.block_count} blocks with {spec.head_count} heads and {spec.head_count_kv} KV heads")
-        found = {tuple(map(int, m.groups())) for name in self.tensors if (m := _BLOCK_NAME.match(name))}
+        if (n_heads := n_segments * spec.block_count * spec.head_count_kv) > MAX_KV_HEADS:
+            raise Invalid(f"{n_heads} KV heads in all segments, expected at most {MAX_KV_HEADS}")
+        strings = self.group("attnmem.prefix.", (str,), but="tokens")
+        fidelity = self.group("attnmem.fidelity.", (float,))
+        if fidelity and (missing := set(FIDELITY) - fidelity.keys()):
+            raise Invalid(f"the key 'attnmem.fidelity.{min(missing)}' is missing")
         memory = Memory(
             model=spec,
             prefix_tokens=tokens,
             prefix_text=self.value("attnmem.prefix.text", str),
-            prefix_messages=self.optional("attnmem.prefix.messages", parse_messages),
-            prefix_tools=self.optional("attnmem.prefix.tools", parse_tools),
-            prefix_date=self.optional("attnmem.prefix.date", parse_date),
+            prefix_messages=_parsed(strings, "messages", parse_messages),
+            prefix_tools=_parsed(strings, "tools", parse_tools),
+            prefix_date=_parsed(strings, "date", parse_date),
             token_top_k=self.top_k(),
             segment_offset=segment_offset,
-            layers=[
-                {
-                    il: layer
-                    for il in range(spec.block_count)
-                    if (s, il) in found and (layer := self.layer(f"seg.{s}.blk.{il}.", spec))
-                }
-                for s in range(n_segments)
-            ],
-            build=self.group("attnmem.build."),
-            fidelity=self.group("attnmem.fidelity."),
+            layers=[],
+            build=self.group("attnmem.build.", (str, int, float)),
+            fidelity=fidelity,
         )
-        if memory.token_top_k is None and memory.n_entries("token").any():
+        self.tensors = self.file.read_tensors(len(KINDS) * MAX_KIND_TENSORS * n_segments * spec.block_count)
+        memory.layers = [{} for _ in range(n_segments)]
+        for s, il in sorted({tuple(map(int, m.groups())) for name in self.tensors if (m := _BLOCK_NAME.match(name))}):
+            if s < n_segments and il < spec.block_count and (layer := self.layer(f"seg.{s}.blk.{il}.", spec)):
+                memory.layers[s][il] = layer
+        if memory.token_top_k is None and any(layer.token for layers in memory.layers for layer in layers.values()):
             raise Invalid("the key 'attnmem.token.top_k' is missing")
         if self.n_used != len(self.tensors):
-            raise Invalid(f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build")
+            raise Invalid(
+                f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build; it may need a newer one"
+            )
         return memory
 
-    def optional(self, key: str, parse: Callable[[str], Any]) -> Any:
-        """The parsed string of a key, None if the file has none."""
-        if key not in self.reader.fields:
-            return None
-        text = self.value(key, str)
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise Invalid(f"the key '{key}': {error}") from None
+    def spec(self) -> ModelSpec:
+        spec = ModelSpec(**{name: self.value(key, ModelSpec.__annotations__[name]) for name, key in _MODEL_KEYS.items()})
+        for name, limit in (("block_count", MAX_BLOCKS), ("head_count", MAX_HEADS), ("head_count_kv", MAX_HEADS)):
+            if not 1 <= (n := getattr(spec, name)) <= limit:
+                raise Invalid(f"the key '{_MODEL_KEYS[name]}' is {n}, expected 1 to {limit}")
+        if spec.head_count % spec.head_count_kv:
+            raise Invalid(f"{spec.head_count} heads cannot share {spec.head_count_kv} KV heads")
+        for name in ("scale", "rope_freq_base", "rope_freq_scale"):
+            if not 0 < (x := getattr(spec, name)) <= MAX_ABS:
+                raise Invalid(f"the key '{_MODEL_KEYS[name]}' is {x:g}, expected more than 0 and at most {MAX_ABS:g}")
+        return spec
 
     def top_k(self) -> int | None:
-        if "attnmem.token.top_k" not in self.reader.fields:
+        if "attnmem.token.top_k" not in self.file.keys:
             return None
         if not 1 <= (top_k := self.value("attnmem.token.top_k", int)) <= MAX_TOP_K:
             raise Invalid(f"the key 'attnmem.token.top_k' is {top_k}, expected 1 to {MAX_TOP_K}")
@@ -442,12 +418,12 @@ class _Parser:
         key = self.table(prefix + "key", None, spec.key_length)
         n = len(key)
         has_lists = kind.is_searched and prefix + "list" in self.tensors
-        offset, entry, *lists = self.tensor(prefix + "head", (np.int32,), (3 if has_lists else 2, spec.head_count_kv + 1))
+        offset, entry, *lists = self.tensor(prefix + "head", ("i32",), (3 if has_lists else 2, spec.head_count_kv + 1))
         entries = Entries(
             key=key,
-            bias=self.tensor(prefix + "bias", (np.float32,), (n,)),
+            bias=self.tensor(prefix + "bias", ("f32",), (n,)),
             value=self.table(prefix + "value", n, spec.value_length),
-            lse=self.tensor(prefix + "lse", (np.float32,), (n,)) if kind.has_lse else None,
+            lse=self.tensor(prefix + "lse", ("f32",), (n,)) if kind.has_lse else None,
             offset=offset,
         )
         _check_offsets(prefix + "head", offset, n)
@@ -460,8 +436,8 @@ class _Parser:
     def lists(self, prefix: str, spec: ModelSpec, entries: Entries, head: np.ndarray) -> Lists:
         key = self.table(prefix + "list_key", None, spec.key_length)
         n = len(key)
-        bias = self.tensor(prefix + "list_bias", (np.float32,), (n,))
-        offset = self.tensor(prefix + "list", (np.int32,), (n + 1,))
+        bias = self.tensor(prefix + "list_bias", ("f32",), (n,))
+        offset = self.tensor(prefix + "list", ("i32",), (n + 1,))
         _check_offsets(prefix + "list", offset, len(entries.key))
         _check_offsets(prefix + "head", head, n)
         if (offset[1:] == offset[:-1]).any() or (offset[head] != entries.offset).any():
@@ -469,7 +445,7 @@ class _Parser:
         return Lists(key, bias, offset, head)
 
     def graph(self, prefix: str, entries: Entries, entry: np.ndarray) -> Graph:
-        integer = (np.int32,)
+        integer = ("i32",)
         n = len(entries.key)
         graph = Graph(
             link0=self.tensor(prefix + "link0", integer, (n, None)),
@@ -492,6 +468,16 @@ class _Parser:
             if not ok:
                 raise Invalid(f"a link of the graph '{prefix}link0' of head {h} leaves its table")
         return graph
+
+
+def _parsed(strings: dict[str, str], name: str, parse: Callable[[str], Any]) -> Any:
+    """The parsed text of an optional key, None if there is none."""
+    if name not in strings:
+        return None
+    try:
+        return parse(strings[name])
+    except ValueError as error:
+        raise Invalid(f"the key 'attnmem.prefix.{name}': {error}") from None
 
 
 def _check_offsets(name: str, offset: np.ndarray, n: int) -> None:

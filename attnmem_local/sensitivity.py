@@ -8,7 +8,6 @@ each KV head: it belongs to the model and changes little with the text, so it is
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Callable
 
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .capture import Packed, PrefixKV, spread
+from .files import replace_file
 
 TOKENS = 1536  # of live text that the gradients are averaged over
 MAX = 1e15  # larger numbers could overflow in a product
@@ -86,12 +86,10 @@ def _wrong(found: torch.Tensor, spec) -> str | None:
 
 
 def _keep(found: torch.Tensor, path: Path) -> None:
-    """Write a cache file under a temporary name, then rename it: several builds may share the folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=path.parent) as folder:
-            save_file({"sensitivity": found}, Path(folder) / path.name)
-            os.replace(Path(folder) / path.name, path)
+        with replace_file(path) as part:
+            save_file({"sensitivity": found}, part)
     except Exception as error:  # safetensors has exceptions of its own
         _log.warning("the sensitivity of the model could not be cached, the next build measures it again: %s", error)
 

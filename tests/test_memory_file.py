@@ -1,18 +1,21 @@
 """The memory file is untrusted input: each way it can be wrong has its own error, in Python and in native code."""
 
 import copy
+import os
+import time
 from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
+from fuzz.container import F32, I32, STRING, U8, U32, Value, array, parse, scalar, string, text
 from mixed import mixed_memory
 from tiny import write_tiny
 
-from attnmem_local import errors, memory as memory_module
+from attnmem_local import errors, files, memory as memory_module
 from attnmem_local.build import build_memory
 from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.memory import Memory, quantize_rows, rows
+from attnmem_local.memory import FIDELITY, Memory, quantize_rows, rows
 from attnmem_local.runtime import MemoryLlama
 
 
@@ -58,7 +61,7 @@ def same(a, b):
 
 def test_round_trip(tiny, good):
     good.prefix_messages = [{"role": "system", "content": "Grüße\n"}]
-    good.fidelity = {"kl_mean": 0.25}
+    good.fidelity = {name: 0.25 for name in FIDELITY}
     assert same(Memory.load(tiny.save(good, "good")), good)
     good.prefix_messages, good.fidelity = None, {}
 
@@ -143,7 +146,10 @@ INVALID = {
     "infinite value": lambda m: _set(_centroid(m), "value", (0, 0), np.inf),
     "bias that would overflow": lambda m: _set(_centroid(m), "bias", 0, -3e38),
     "messages that are not chat": lambda m: setattr(m, "prefix_messages", {"role": "system"}),
-    "too many segments": lambda m: (setattr(m, "layers", m.layers + [{}] * 300), setattr(m, "segment_offset", m.segment_offset + [len(m.prefix_tokens)] * 300)),
+    "too many segments": lambda m: (
+        setattr(m, "layers", m.layers + [{}] * 300),
+        setattr(m, "segment_offset", m.segment_offset + [len(m.prefix_tokens)] * 300),
+    ),
     "NaN log-sum-exp": lambda m: _set(_centroid(m), "lse", 5, np.nan),
     "+inf log-sum-exp": lambda m: _set(_centroid(m), "lse", 5, np.inf),
     "offsets descend": lambda m: _set(_centroid(m), "offset", 1, 1000),
@@ -151,7 +157,10 @@ INVALID = {
     "negative offset": lambda m: _set(_centroid(m), "offset", 0, -1),
     "link beyond the table": lambda m: _set(_graph(m), "link0", (2, 0), 24),
     "link of −2": lambda m: _set(_graph(m), "link0", (2, 0), -2),
-    "upper link to an entry without that level": lambda m: (_set(_graph(m), "upper", slice(1, None), 1), _set(_graph(m), "link", (0, 0), 7)),
+    "upper link to an entry without that level": lambda m: (
+        _set(_graph(m), "upper", slice(1, None), 1),
+        _set(_graph(m), "link", (0, 0), 7),
+    ),
     "upper link beyond the table": lambda m: _set(_graph(m), "link", (0, 0), 1 << 30),
     "upper rows beyond the links": lambda m: _set(_graph(m), "upper", -1, 1 << 30),
     "entry point beyond the table": lambda m: _set(_graph(m), "entry", 0, 24),
@@ -216,6 +225,110 @@ def test_invalid_content_of_the_other_kinds(tiny32, mixed, llama32, what):
     llama32._loaded.clear()
 
 
+def _key(name, value=None):
+    """Sets a key, or removes it."""
+
+    def change(c):
+        c.keys = [(k, v) for k, v in c.keys if k != name] + ([] if value is None else [(name, value)])
+
+    return change
+
+
+def _tensor(c, part, **changes):
+    for t in c.tensors:
+        if t.name.endswith(part):
+            for field, value in changes.items():
+                setattr(t, field, value(t) if callable(value) else value)
+
+
+HOSTILE = {
+    "a NUL in a key": _key(b"attnmem.build.x\0y", scalar(U32, 1)),
+    "a key that is not UTF-8": _key(b"attnmem.build.\xff", scalar(U32, 1)),
+    "an empty key": _key(b"", scalar(U32, 1)),
+    "a key twice": lambda c: c.keys.append(c.keys[-1]),
+    "a NUL in the adapter's type": lambda c: _key(b"adapter.type", string(b"attention_state_memory\0y"))(c),
+    "a NUL in the prefix": _key(b"attnmem.prefix.text", string(b"Hello\0")),
+    "a prefix that is not UTF-8": _key(b"attnmem.prefix.text", string(b"\xc3")),
+    "a surrogate in the prefix": _key(b"attnmem.prefix.text", string(b"\xed\xa0\x80")),
+    "no prefix text": _key(b"attnmem.prefix.text"),
+    "messages as numbers": _key(b"attnmem.prefix.messages", array(U8, b"[]", 2)),
+    "messages that are no JSON": _key(b"attnmem.prefix.messages", string(b"[")),
+    "a negative token": _key(b"attnmem.prefix.tokens", array(I32, b"\xff\xff\xff\xff" * 240, 240)),
+    "a build parameter of another type": _key(b"attnmem.build.x", array(U8, b"", 0)),
+    "a build parameter that is no number": _key(b"attnmem.build.x", scalar(F32, np.nan)),
+    "fidelity in part": _key(b"attnmem.fidelity.kl_mean", scalar(F32, 0.1)),
+    "fidelity that is text": _key(b"attnmem.fidelity.kl_mean", string(b"good")),
+    "a scale of 0": _key(b"attnmem.attention.scale", scalar(F32, 0)),
+    "a scale of NaN": _key(b"attnmem.attention.scale", scalar(F32, np.nan)),
+    "a scale that would overflow": _key(b"attnmem.attention.scale", scalar(F32, 1e30)),
+    "an infinite RoPE base": _key(b"attnmem.rope.freq_base", scalar(F32, np.inf)),
+    "an alignment of 32": _key(b"general.alignment", scalar(U32, 32)),
+    "no alignment": _key(b"general.alignment"),
+    "an array that is longer than the file": _key(b"x", array(U8, b"", 1 << 62)),
+    "an array whose bytes overflow": _key(b"x", array(I32, b"", 1 << 62)),
+    "an array of arrays": _key(b"x", array(9, bytes(12), 1)),
+    "a text that is longer than the file": _key(b"x", Value(STRING, text(b"y", (1 << 64) - 1))),
+    "texts without end": _key(b"x", array(STRING, b"", 1 << 62)),
+    "more keys than there are": lambda c: c.counts.update(keys=1 << 15),
+    "more tensors than there are": lambda c: c.counts.update(tensors=len(c.tensors) + 1),
+    "tensors without end": lambda c: c.counts.update(tensors=1 << 62),
+    "GGUF version 2": lambda c: setattr(c, "version", 2),
+    "a NUL in the name of a tensor": lambda c: _tensor(c, b".bias", name=lambda t: t.name + b"\0"),
+    "a long name of a tensor": lambda c: _tensor(c, b".bias", name=b"x" * 64),
+    "a tensor twice": lambda c: c.tensors.append(c.tensors[0]),
+    "overlapping tensors": lambda c: _tensor(c, b".value", offset=0),
+    "a tensor beyond the end": lambda c: _tensor(c, b".key", offset=1 << 62),
+    "links of width 0": lambda c: _tensor(c, (b".link0", b".link"), dims=lambda t: [0, t.dims[1]], data=b""),
+    "no entries": lambda c: _tensor(c, b".key", dims=lambda t: [t.dims[0], 0], data=b""),
+    "dimensions that overflow": lambda c: _tensor(c, b".key", dims=[1 << 32, 1 << 32]),
+    "five dimensions": lambda c: _tensor(c, b".key", dims=lambda t: [*t.dims, 1, 1, 1]),
+    "a third dimension": lambda c: _tensor(c, b".key", dims=lambda t: [*t.dims, 2]),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_files_are_refused_by_both_readers(tiny, good, llama, tmp_path, what):
+    hostile = parse(tiny.save(good, "good").read_bytes())
+    HOSTILE[what](hostile)
+    path = tmp_path / "hostile.mem.gguf"
+    path.write_bytes(hostile.bytes())
+    refused_by_both(llama, path, (errors.Invalid, errors.Truncated, errors.NotAMemory))
+
+
+ODD = {
+    "dimensions of 1 at the end": lambda c: _tensor(c, b".key", dims=lambda t: [*t.dims, 1, 1]),
+    "tensors in another order": lambda c: c.tensors.reverse(),
+    "unknown keys": lambda c: c.keys.extend([(b"general.tags", array(STRING, text(b"a") + text(b""), 2)), (b"x", scalar(U8, 1))]),
+    "6 MB in an unknown key": _key(b"x", array(U8, bytes(6_000_000), 6_000_000)),
+    "10,000 unknown keys": lambda c: c.keys.extend((f"x{i}".encode(), scalar(U8, 1)) for i in range(10_000)),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_files_load_at_once_in_both_readers(tiny, good, llama, tmp_path, what):
+    odd = parse(tiny.save(good, "good").read_bytes())
+    ODD[what](odd)
+    path = tmp_path / "odd.mem.gguf"
+    path.write_bytes(odd.bytes())
+    for load in Memory.load, llama.load_memory:
+        start = time.process_time()
+        assert load(path).prefix_tokens == good.prefix_tokens
+        assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("key", ["block_count", "attention.head_count", "attention.head_count_kv"])
+def test_a_small_file_that_says_it_is_large_takes_no_memory(tiny, good, llama, tmp_path, key):
+    large = parse(tiny.save(good, "good").read_bytes())
+    large.tensors = []
+    _key(f"attnmem.{key}".encode(), scalar(U32, 1 << 31))(large)
+    path = tmp_path / "large.mem.gguf"
+    path.write_bytes(large.bytes())
+    with pytest.raises(errors.Invalid, match="expected 1 to"):
+        Memory.load(path)
+    with pytest.raises(errors.WrongModel):
+        llama.load_memory(path)
+
+
 def test_q8_0_in_heads_narrower_than_its_blocks(tiny, good, llama):
     bad = copy.deepcopy(good)
     _centroid(bad).key = quantize_rows(np.tile(rows(_centroid(bad).key), 2))
@@ -244,6 +357,12 @@ def test_not_a_memory(llama, tiny, tmp_path):
     refused_by_both(llama, tmp_path / "missing.mem.gguf", errors.Unreadable)
 
 
+def test_a_pipe_or_a_folder_given_as_a_memory_is_refused_at_once(llama, tmp_path):
+    os.mkfifo(tmp_path / "pipe.mem.gguf")
+    refused_by_both(llama, tmp_path / "pipe.mem.gguf", errors.Unreadable, "not a regular file")
+    refused_by_both(llama, tmp_path, errors.Unreadable, "[Dd]irectory|not a regular file")
+
+
 def test_other_model_and_other_finetune(tiny, good, tmp_path):
     path = tiny.save(good, "good")
     qwen = MemoryLlama(str(write_tiny(tmp_path / "qwen2.gguf", DEFAULT_MODEL, "qwen2")), verbose=False)
@@ -265,13 +384,11 @@ def test_the_fingerprint_survives_quantization(tiny, good, default_model, f32_mo
         assert MemoryLlama(str(model), memory=path, verbose=False).memories
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tiny, good, monkeypatch):
-    monkeypatch.setattr(memory_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match="the disk has 0.0 MB left"):
-        good.save(tiny.folder / "full.mem.gguf")
+def test_a_full_disk_is_said_before_a_build_begins(tiny, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="the disk has 0.0 MB left"):
         build_memory(tiny.model, tiny.prefix, tiny.folder / "full.mem.gguf")
-    assert not list(tiny.folder.glob("full*"))
+    assert not list(tiny.folder.glob("*full*"))
 
 
 def test_a_failed_write_keeps_the_old_file(tiny, good, monkeypatch):
@@ -285,4 +402,4 @@ def test_a_failed_write_keeps_the_old_file(tiny, good, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         good.save(path)
     assert path.read_bytes() == before
-    assert not list(path.parent.glob("*.part"))
+    assert not list(path.parent.glob(".*.part"))

@@ -34,7 +34,10 @@ class Group(click.Group):
             error.message = printable(error.message)  # names of files are text from elsewhere, too
             raise
         except (OSError, ValueError, OverflowError) as error:
-            raise click.ClickException(printable(str(error))) from error
+            text = str(error)
+            if isinstance(error, OSError) and error.strerror:  # without the number
+                text = f"'{error.filename}': {error.strerror}" if error.filename else error.strerror
+            raise click.ClickException(printable(text)) from error
 
 
 class _Warnings(logging.Handler):

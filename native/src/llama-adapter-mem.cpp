@@ -1,5 +1,6 @@
 // loading a memory: its data is untrusted, every field, offset, type and index is checked before it is used
 
+#include "llama-adapter-mem-file.h"
 #include "llama-adapter-mem.h"
 
 #include "llama-arch.h"
@@ -7,15 +8,12 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
-#include "gguf.h"
-
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
 #include <iterator>
 #include <map>
-#include <stdexcept>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -24,8 +22,8 @@
 static constexpr uint32_t MEM_FORMAT_VERSION = 2;
 static constexpr uint32_t MEM_MAX_SEGMENTS   = 256;
 static constexpr uint32_t MEM_MAX_TOP_K      = 1024;
+static constexpr uint64_t MEM_MAX_KV_HEADS   = 1 << 22; // in all layers of all segments
 static constexpr float    MEM_MAX_ABS        = 1e15f; // larger numbers could overflow in a product
-static constexpr size_t   MEM_ALIGNMENT      = 64;    // of the data: a cache line
 
 //
 // fingerprint of a model that survives quantization
@@ -38,13 +36,6 @@ static void mem_hash(uint64_t & hash, uint64_t x) {
     hash = (hash ^ x)*0x100000001b3ull;
 }
 
-template <typename T>
-static uint64_t mem_load(const uint8_t * data) {
-    T x;
-    memcpy(&x, data, sizeof(x));
-    return x;
-}
-
 // the bytes, filled up with zeros to whole words, then how many there were
 static void mem_hash(uint64_t & hash, const void * data, size_t size) {
     const uint8_t * p = (const uint8_t *) data;
@@ -54,7 +45,7 @@ static void mem_hash(uint64_t & hash, const void * data, size_t size) {
     }
     // without a loop: its end could not be predicted
     if (n >= 4) {
-        mem_hash(hash, mem_load<uint32_t>(p) | mem_load<uint32_t>(p + n - 4) << 8*(n - 4));
+        mem_hash(hash, mem_load<uint32_t>(p) | (uint64_t) mem_load<uint32_t>(p + n - 4) << 8*(n - 4));
     } else if (n > 0) {
         mem_hash(hash, p[0] | (uint64_t) p[n/2] << 8*(n/2) | (uint64_t) p[n - 1] << 8*(n - 1));
     }
@@ -98,121 +89,55 @@ static std::string mem_fingerprint_vocab(const llama_model & model) {
 
 namespace {
 
-[[noreturn]] void refuse(const std::string & reason) {
-    throw std::runtime_error(reason);
+bool mem_starts_with(const std::string & s, const char * prefix) {
+    return s.compare(0, strlen(prefix), prefix) == 0;
 }
 
-struct mem_file {
-    gguf_context_ptr gguf;
-    ggml_context_ptr meta;
-
-    struct entry {
-        ggml_tensor * tensor;
-        const void  * data;
-    };
-    std::unordered_map<std::string, entry> tensors;
-
-    int64_t find(const char * key, gguf_type type) const {
-        const int64_t id = gguf_find_key(gguf.get(), key);
-        if (id < 0) {
-            refuse(format("invalid: the key '%s' is missing", key));
+// keys that are told to users, and not computed with
+void mem_check_about(const mem_file & file) {
+    bool has_fidelity = false;
+    for (const auto & [key, v] : file.keys) {
+        if (mem_starts_with(key, "attnmem.prefix.") && key != "attnmem.prefix.tokens") {
+            file.str(key);
         }
-        if (gguf_get_kv_type(gguf.get(), id) != type) {
-            refuse(format("invalid: the key '%s' has type %s, expected %s", key,
-                gguf_type_name(gguf_get_kv_type(gguf.get(), id)), gguf_type_name(type)));
+        if (mem_starts_with(key, "attnmem.fidelity.")) {
+            file.f32(key);
+            has_fidelity = true;
         }
-        return id;
-    }
-
-    uint32_t    u32(const char * key) const { return gguf_get_val_u32(gguf.get(), find(key, GGUF_TYPE_UINT32)); }
-    float       f32(const char * key) const { return gguf_get_val_f32(gguf.get(), find(key, GGUF_TYPE_FLOAT32)); }
-    std::string str(const char * key) const { return gguf_get_val_str(gguf.get(), find(key, GGUF_TYPE_STRING)); }
-
-    std::vector<int32_t> arr_i32(const char * key) const {
-        const int64_t id = find(key, GGUF_TYPE_ARRAY);
-        if (gguf_get_arr_type(gguf.get(), id) != GGUF_TYPE_INT32) {
-            refuse(format("invalid: the key '%s' is not an array of i32", key));
+        if (mem_starts_with(key, "attnmem.build.")) {
+            switch (v.type) {
+                case GGUF_TYPE_UINT32:  break;
+                case GGUF_TYPE_FLOAT32: file.f32(key); break;
+                default:                file.str(key);
+            }
         }
-        const auto * data = (const int32_t *) gguf_get_arr_data(gguf.get(), id);
-        return std::vector<int32_t>(data, data + gguf_get_arr_n(gguf.get(), id));
     }
-
-    ggml_tensor * tensor(const std::string & name) const {
-        const auto it = tensors.find(name);
-        return it == tensors.end() ? nullptr : it->second.tensor;
-    }
-
-    // a tensor that must be there, with this shape; a dimension of -1 may be anything
-    ggml_tensor * tensor(const std::string & name, std::initializer_list<ggml_type> types, int64_t ne0, int64_t ne1 = 1) const {
-        ggml_tensor * t = tensor(name);
-        if (!t) {
-            refuse(format("invalid: the tensor '%s' is missing", name.c_str()));
+    file.str("attnmem.prefix.text");
+    if (has_fidelity) {
+        for (const char * name : { "kl_mean", "kl_none", "top1", "nll_full", "nll_memory", "nll_none", "tokens" }) {
+            file.f32(std::string("attnmem.fidelity.") + name);
         }
-        if (std::find(types.begin(), types.end(), t->type) == types.end()) {
-            refuse(format("invalid: the tensor '%s' has type %s", name.c_str(), ggml_type_name(t->type)));
-        }
-        if ((ne0 >= 0 && t->ne[0] != ne0) || (ne1 >= 0 && t->ne[1] != ne1) || t->ne[2] != 1 || t->ne[3] != 1) {
-            refuse(format("invalid: the tensor '%s' has shape [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64 "], expected [%" PRId64 ", %" PRId64 "]",
-                name.c_str(), t->ne[0], t->ne[1], t->ne[2], t->ne[3], ne0 < 0 ? t->ne[0] : ne0, ne1 < 0 ? t->ne[1] : ne1));
-        }
-        return t;
     }
-
-    const void * data(const ggml_tensor * t) const {
-        return tensors.at(t->name).data;
-    }
-
-    const int32_t * data_i32(const ggml_tensor * t) const { return (const int32_t *) data(t); }
-};
-
-mem_file mem_open(const void * data, size_t size) {
-    if ((uintptr_t) data % MEM_ALIGNMENT != 0) {
-        refuse(format("invalid: the data of a memory must begin at a multiple of %zu bytes", MEM_ALIGNMENT));
-    }
-    if (size < 4 || memcmp(data, GGUF_MAGIC, 4) != 0) {
-        refuse("not_a_memory: this is not a GGUF file");
-    }
-
-    mem_file file;
-
-    ggml_context * meta = nullptr;
-    file.gguf.reset(gguf_init_from_buffer(data, size, { /*.no_alloc =*/ true, /*.ctx =*/ &meta }));
-    file.meta.reset(meta);
-    if (!file.gguf) {
-        refuse("truncated: the header is incomplete or damaged; build or copy the memory again");
-    }
-
-    const size_t offset = gguf_get_data_offset(file.gguf.get());
-    for (int64_t i = 0; i < gguf_get_n_tensors(file.gguf.get()); i++) {
-        const size_t begin  = offset + gguf_get_tensor_offset(file.gguf.get(), i);
-        const size_t nbytes = gguf_get_tensor_size(file.gguf.get(), i);
-        if (begin < offset || begin + nbytes < begin || begin + nbytes > size) {
-            refuse(format("truncated: the tensor '%s' ends at byte %zu, the file has %zu; build or copy the memory again",
-                gguf_get_tensor_name(file.gguf.get(), i), begin + nbytes, size));
-        }
-        if (begin % sizeof(float) != 0) {
-            refuse(format("invalid: the tensor '%s' is not aligned", gguf_get_tensor_name(file.gguf.get(), i)));
-        }
-        file.tensors[gguf_get_tensor_name(file.gguf.get(), i)] = { nullptr, (const char *) data + begin };
-    }
-    for (ggml_tensor * t = ggml_get_first_tensor(meta); t; t = ggml_get_next_tensor(meta, t)) {
-        file.tensors.at(t->name).tensor = t;
-    }
-
-    return file;
 }
 
 void mem_check_model(const mem_file & file, const llama_model & model, llama_adapter_mem & mem) {
     LLM_KV kv(LLM_ARCH_UNKNOWN);
 
     // what this file is
-    if (gguf_find_key(file.gguf.get(), kv(LLM_KV_GENERAL_TYPE).c_str()) < 0 || file.str(kv(LLM_KV_GENERAL_TYPE).c_str()) != "adapter" ||
-        gguf_find_key(file.gguf.get(), kv(LLM_KV_ADAPTER_TYPE).c_str()) < 0 || file.str(kv(LLM_KV_ADAPTER_TYPE).c_str()) != "attention_state_memory") {
+    auto is = [&](const std::string & key, const char * expected) {
+        const auto it = file.keys.find(key);
+        return it != file.keys.end() && it->second.type == GGUF_TYPE_STRING && mem_file::to_string(it->second) == expected;
+    };
+    if (!is(kv(LLM_KV_GENERAL_TYPE), "adapter") || !is(kv(LLM_KV_ADAPTER_TYPE), "attention_state_memory")) {
         refuse("not_a_memory: the GGUF file is not an attention-state memory");
     }
     const uint32_t version = file.u32("attnmem.version");
     if (version != MEM_FORMAT_VERSION) {
         refuse(format("version: the memory has format version %u, this build reads version %u; build it again", version, MEM_FORMAT_VERSION));
+    }
+
+    if (file.u32(GGUF_KEY_GENERAL_ALIGNMENT) != MEM_ALIGNMENT) {
+        refuse(format("invalid: the tensors are aligned to %u bytes, expected %zu", file.u32(GGUF_KEY_GENERAL_ALIGNMENT), MEM_ALIGNMENT));
     }
 
     // what this model is
@@ -240,7 +165,7 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
             refuse(format("wrong_model: the memory was built for a model with %s %s, this one has %s", what, memory.c_str(), model_has.c_str()));
         }
     };
-    expect("architecture",   file.str(kv(LLM_KV_GENERAL_ARCHITECTURE).c_str()),        arch);
+    expect("architecture",   file.str(kv(LLM_KV_GENERAL_ARCHITECTURE)),        arch);
     expect("block count",    std::to_string(file.u32("attnmem.block_count")),          std::to_string(hparams.n_layer()));
     for (uint32_t il = 0; il < hparams.n_layer(); il++) {
         expect("head count",    std::to_string(file.u32("attnmem.attention.head_count")),    std::to_string(hparams.n_head(il)));
@@ -259,13 +184,9 @@ void mem_check_model(const mem_file & file, const llama_model & model, llama_ada
     mem.kq_scale        = file.f32("attnmem.attention.scale");
     mem.rope_freq_base  = file.f32("attnmem.rope.freq_base");
     mem.rope_freq_scale = file.f32("attnmem.rope.freq_scale");
-    if (!std::isfinite(mem.kq_scale) || mem.kq_scale <= 0 || !std::isfinite(mem.rope_freq_base) || !std::isfinite(mem.rope_freq_scale)) {
-        refuse("invalid: a scale is not a finite number");
-    }
-
-    for (const char * key : { "attnmem.prefix.messages", "attnmem.prefix.tools", "attnmem.prefix.date" }) {
-        if (gguf_find_key(file.gguf.get(), key) >= 0) {
-            file.find(key, GGUF_TYPE_STRING);
+    for (const float x : { mem.kq_scale, mem.rope_freq_base, mem.rope_freq_scale }) {
+        if (x <= 0 || x > MEM_MAX_ABS) {
+            refuse(format("invalid: a scale is %g, expected more than 0 and at most %g", x, MEM_MAX_ABS));
         }
     }
 
@@ -491,9 +412,10 @@ bool mem_device_has_op(ggml_backend_dev_t dev, const llama_adapter_mem * mem, in
 } // namespace
 
 void llama_adapter_mem::load(const void * data, size_t size) {
-    mem_file file = mem_open(data, size);
+    mem_file file(data, size);
 
     mem_check_model(file, *model, *this);
+    mem_check_about(file);
 
     const uint32_t n_segments = file.u32("attnmem.segment.count");
     if (n_segments < 1 || n_segments > MEM_MAX_SEGMENTS) {
@@ -505,7 +427,7 @@ void llama_adapter_mem::load(const void * data, size_t size) {
     }
     mem_check_offsets("attnmem.segment.offset", segment_offset.data(), n_segments + 1, prefix_tokens.size());
 
-    if (gguf_find_key(file.gguf.get(), "attnmem.token.top_k") >= 0) {
+    if (file.keys.count("attnmem.token.top_k")) {
         token_top_k = file.u32("attnmem.token.top_k");
         if (token_top_k < 1 || token_top_k > MEM_MAX_TOP_K) {
             refuse(format("invalid: the key 'attnmem.token.top_k' is %" PRId64 ", expected 1 to %u", token_top_k, MEM_MAX_TOP_K));
@@ -514,9 +436,11 @@ void llama_adapter_mem::load(const void * data, size_t size) {
 
     const auto & hparams = model->hparams;
 
-    if (file.tensors.size() > std::size(MEM_KINDS)*MEM_MAX_KIND_TENSORS*n_segments*hparams.n_layer()) {
-        refuse(format("invalid: %zu tensors are too many for %u segments of %u layers", file.tensors.size(), n_segments, hparams.n_layer()));
+    if ((uint64_t) n_segments*hparams.n_layer()*hparams.n_head_kv() > MEM_MAX_KV_HEADS) {
+        refuse(format("invalid: the KV heads of %u segments are too many", n_segments));
     }
+
+    file.read_tensors(std::size(MEM_KINDS)*MEM_MAX_KIND_TENSORS*n_segments*hparams.n_layer());
 
     size_t n_tensors = 0;
 
@@ -540,9 +464,9 @@ void llama_adapter_mem::load(const void * data, size_t size) {
             }
         }
     }
-    if (n_tensors != (size_t) gguf_get_n_tensors(file.gguf.get())) {
-        refuse(format("invalid: the memory has %" PRId64 " tensors, of which only %zu are known to this build; it may need a newer one",
-            gguf_get_n_tensors(file.gguf.get()), n_tensors));
+    if (n_tensors != file.tensors.size()) {
+        refuse(format("invalid: the memory has %zu tensors, of which only %zu are known to this build; it may need a newer one",
+            file.tensors.size(), n_tensors));
     }
 
     // place the tables: where they are if the CPU computes the layer, in a buffer of its device elsewhere
@@ -612,9 +536,9 @@ void llama_adapter_mem::load(const void * data, size_t size) {
     }
 
     // scalar metadata for llama_adapter_mem_meta_*
-    for (int64_t i = 0; i < gguf_get_n_kv(file.gguf.get()); i++) {
-        if (gguf_get_kv_type(file.gguf.get(), i) != GGUF_TYPE_ARRAY) {
-            gguf_kv.emplace(gguf_get_key(file.gguf.get(), i), gguf_kv_to_str(file.gguf.get(), i));
+    for (const auto & [key, v] : file.keys) {
+        if (v.type == GGUF_TYPE_STRING || v.type == GGUF_TYPE_UINT32 || v.type == GGUF_TYPE_FLOAT32) {
+            gguf_kv.emplace(key, mem_file::to_text(v));
         }
     }
 
