@@ -60,16 +60,20 @@ def plan_for_bytes(
 ) -> Plan:
     """The best split of a number of bytes over the heads of some segments, for live text like these windows."""
     spec = model.spec
-    eight_bit = spec.key_length % 32 == 0 and spec.value_length % 32 == 0
     with progress.stage("sensitivity") as step:
         felt = sensitivity(model, kv, windows, seed, step)
     with progress.stage("budget", len(segments) * spec.block_count * spec.head_count_kv) as step:
         targets = capture(model, kv, spread(windows, TOKENS))
         found = curves(model, kv, targets, offset, segments, felt, step)
     anchors = np.zeros((len(offset) - 1, spec.block_count, spec.head_count_kv), dtype=np.int64)
-    for head, n in split(found, nbytes, lambda n, n_tokens: head_bytes(spec, n, n_tokens, eight_bit)).items():
+    for head, n in split(found, nbytes, lambda n, n_tokens: head_bytes(spec, n, n_tokens, fits_eight_bit(spec))).items():
         anchors[head] = n
-    return Plan(anchors, np.zeros_like(anchors), f"{nbytes} bytes", eight_bit=eight_bit)
+    return Plan(anchors, np.zeros_like(anchors), f"{nbytes} bytes", eight_bit=fits_eight_bit(spec))
+
+
+def fits_eight_bit(spec: ModelSpec) -> bool:
+    """Whether rows of keys and values can be Q8_0, which has blocks of 32 numbers."""
+    return spec.key_length % 32 == 0 and spec.value_length % 32 == 0
 
 
 def head_bytes(spec: ModelSpec, n: int, n_tokens: int, eight_bit: bool) -> int:
