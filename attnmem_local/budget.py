@@ -26,6 +26,7 @@ PROBES = (16, 256)  # and those that matter also with these
 PROBED_SHARE = 0.995  # of the KL at PROBE: heads that carry it matter
 SIZES = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 TOKENS = 1920  # of live text that the curves are measured on
+LONG = 2048  # tokens from which on a prefix gets all the work that a build can do for it
 
 
 @dataclass
@@ -39,7 +40,17 @@ class Plan:
     metric: Metric = "l2"
     state: EntryState = "mean"
     eight_bit: bool = False  # Q8_0 tables instead of float16
-    tune_steps: int = 150
+    tune_steps: int = 150  # of a long prefix
+
+
+def effort(n_tokens: int, least: float) -> float:
+    """The share of all work that so many tokens of a prefix are worth, but not less than `least`."""
+    return min(1.0, max(least, n_tokens / LONG))
+
+
+def tune_steps(n_tokens: int) -> int:
+    """Steps of tuning for a segment of so many tokens: it has few anchors, which arrive soon."""
+    return round(Plan.tune_steps * effort(n_tokens, 1 / 2))
 
 
 def uniform_plan(spec: ModelSpec, anchors: int = 0, entries: int = 0, n_segment: int = 1, **options) -> Plan:
@@ -68,7 +79,8 @@ def plan_for_bytes(
     anchors = np.zeros((len(offset) - 1, spec.block_count, spec.head_count_kv), dtype=np.int64)
     for head, n in split(found, nbytes, lambda n, n_tokens: head_bytes(spec, n, n_tokens, fits_eight_bit(spec))).items():
         anchors[head] = n
-    return Plan(anchors, np.zeros_like(anchors), f"{nbytes} bytes", eight_bit=fits_eight_bit(spec))
+    steps = tune_steps(max(offset[s + 1] - offset[s] for s in segments))
+    return Plan(anchors, np.zeros_like(anchors), f"{nbytes} bytes", eight_bit=fits_eight_bit(spec), tune_steps=steps)
 
 
 def fits_eight_bit(spec: ModelSpec) -> bool:

@@ -9,7 +9,7 @@ from typing import Callable
 
 import torch
 
-from .budget import PROBE, Plan, fits_eight_bit, head_bytes
+from .budget import PROBE, fits_eight_bit, head_bytes, tune_steps
 from .capture import Live, Packed, PrefixKV
 from .entries.anchor import CHOICE_QUERIES, anchor_state, fit_anchors, matching_pursuit, rms_attention, tune
 from .entries.target import Target
@@ -85,7 +85,7 @@ def _head_seconds(model: BuildModel, n_tokens: int, n_live: int, n_anchors: floa
 
     start = fitted(torch.arange(n, device=k.device))
     tuned(1)
-    return _seconds(model, once) + _seconds(model, lambda: tuned(TRIAL_STEPS)) * Plan.tune_steps / TRIAL_STEPS
+    return _seconds(model, once) + _seconds(model, lambda: tuned(TRIAL_STEPS)) * tune_steps(n_tokens) / TRIAL_STEPS
 
 
 def _noise(model: BuildModel, *shape: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .budget import plan_for_bytes
-from .build import collect_queries, fit_memory, given_queries, measure_and_save, query_names, study_windows, tell_estimate
+from .build import collect_queries, fit_memory, given_queries, measure_and_save, query_names, study_shape, tell_estimate
 from .capture import prefill
 from .errors import WrongModel
 from .memory import KINDS, LayerMemory, Memory, quantize_rows, rows
@@ -35,7 +35,7 @@ def update_memory(
     prefix: all parts, changed or not. Segments whose tokens are as they were keep their entries; if they stand at another
     distance from the live text now, the keys are rotated by the difference, which is exact. What they say about words of
     theirs that a changed part before them would explain otherwise stays as it was: that is the loss against a full build.
-    windows: of self-study.  [default: study_windows of the tokens that changed]
+    windows: of self-study.  [default: as study_shape says for the tokens that changed]
     Raises WrongModel if the memory is of another model, ValueError if nothing changed.
     """
     progress = progress or Progress(quiet=True)
@@ -54,8 +54,8 @@ def update_memory(
 
     n_tokens = sum(prefix.offset[s + 1] - prefix.offset[s] for s in changed)
     nbytes = int(old.nbytes() / old.kv_bytes() * n_tokens * model.spec.kv_bytes_per_token())
-    windows = study_windows(n_tokens) if windows is None else windows
-    tell_estimate(model, prefix, given, windows, nbytes, changed, progress)
+    study = study_shape(n_tokens, windows)
+    tell_estimate(model, prefix, given, study, nbytes, changed, progress)
     with progress.stage("prefill", len(prefix.tokens)) as step:
         kv = prefill(model, prefix.tokens, progress=step)
     keep = {}
@@ -63,7 +63,7 @@ def update_memory(
         moved = (prefix.offset[s] - len(prefix.tokens)) - (old.segment_offset[before] - len(old.prefix_tokens))
         keep[s] = {il: _moved(model, layer, moved) for il, layer in old.layers[before].items()}
 
-    build_text, held_out = collect_queries(model, prefix, kv, given, windows, seed, progress)
+    build_text, held_out = collect_queries(model, prefix, kv, given, study, seed, progress)
     if not changed:  # parts were only left out
         result = replace(
             old,

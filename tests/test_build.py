@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 
 from attnmem_local import errors
-from attnmem_local.build import HELD_OUT, build_memory, study_windows
+from attnmem_local.build import HELD_OUT, build_memory, study_shape
 from attnmem_local.capture import prefill
 from attnmem_local.entries.centroid import cluster, mean_state
 from attnmem_local.memory import Memory
@@ -97,7 +98,7 @@ class Told(Progress):
 def test_a_build_says_what_it_will_take_before_the_work_begins(tiny):
     told = Told()
     build_memory(tiny.model, SYSTEM, share=0.5, progress=told)
-    assert told.order[:4] == ["load model", "estimate", study_windows(1) * 192, "prefill"]
+    assert told.order[:4] == ["load model", "estimate", math.prod(study_shape(1)), "prefill"]
     work = sum(told.seconds.values()) - told.seconds["load model"] - told.seconds["estimate"]
     assert work / 8 < told.expected < 8 * work  # wide, as anything may run beside a test; bench/build_time.py measures it
 
@@ -115,9 +116,9 @@ def test_the_estimate_on_the_terminal(capsys):
 
 
 def test_self_study_grows_with_the_prefix():
-    windows = [study_windows(n) for n in (1, 411, 1000, 1643, 2256, 100_000)]
-    assert windows == sorted(windows) and windows[1] <= 8 and windows[4] == 24
-    assert all(n > HELD_OUT // 2 for n in windows)  # else nothing would be left to measure on
+    shapes = [study_shape(n) for n in (1, 411, 1000, 1643, 2256, 100_000)]
+    assert shapes == sorted(shapes) and math.prod(shapes[1]) < math.prod(shapes[4]) / 2 and shapes[4] == (24, 192)
+    assert all(windows > 3 * HELD_OUT // 2 for windows, _ in shapes)  # two are left to measure on
 
 
 def test_a_build_without_a_window_of_self_study_is_refused(tiny):
