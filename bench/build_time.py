@@ -2,12 +2,12 @@
 
     .venv/bin/python bench/build_time.py [--case CASE ...] [--model MODEL.gguf ...] [--seeds 3] [--json]
 
-Cases: `demo`, the prefix of `attnmem demo`; `handbook`, one of 411 tokens; `as before`, the same with as much work as the demo
-gets, self-study and steps of tuning; all three on the default model. `policy`, the first 1,643 tokens of a system prompt on each --model: a build of many
-minutes that takes 12 GB for 1.5 billion parameters.
-Seconds are wall time from the call to the memory, loading the model included. `expected` is what was told, and `real` what it was
-told about, which is the rest after the model was loaded and the estimate made. `cpu` is processor time, which other processes do
-not lengthen as much. KL is to the full prefix on the builder's model, over 24 windows of a self-study of their own.
+Cases: `demo`, the prefix of `attnmem demo`; `handbook`, one of 411 tokens; `as before`, the same with as much self-study and
+tuning as the demo gets; all three on the default model. `policy`, the first 1,643 tokens of a system prompt on each --model: a
+build of many minutes that takes 12 GB for 1.5 billion parameters.
+Seconds are wall time from the call to the memory, loading the model included. `expected` is what was told, and `real` what it
+was told about: the rest after the model was loaded and the estimate made. `cpu` is processor time, which other processes
+lengthen less. KL is to the full prefix on the builder's model, over 24 windows of a self-study of their own.
 """
 
 import time
