@@ -26,6 +26,7 @@ PROBES = (16, 256)  # and those that matter also with these
 PROBED_SHARE = 0.995  # of the KL at PROBE: heads that carry it matter
 SIZES = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 TOKENS = 1920  # of live text that the curves are measured on
+LONG = 2048  # tokens from which on a prefix gets all the work that a build can do for it
 
 
 @dataclass
@@ -39,7 +40,17 @@ class Plan:
     metric: Metric = "l2"
     state: EntryState = "mean"
     eight_bit: bool = False  # Q8_0 tables instead of float16
-    tune_steps: int = 150
+    tune_steps: int = 150  # of a long prefix
+
+
+def effort(n_tokens: int, least: float) -> float:
+    """The share of all work that so many tokens of a prefix are worth, but not less than `least`."""
+    return min(1.0, max(least, n_tokens / LONG))
+
+
+def tune_steps(n_tokens: int) -> int:
+    """Steps of tuning for a segment of so many tokens: it has few anchors, which arrive soon."""
+    return round(Plan.tune_steps * effort(n_tokens, 1 / 2))
 
 
 def uniform_plan(spec: ModelSpec, anchors: int = 0, entries: int = 0, n_segment: int = 1, **options) -> Plan:
@@ -60,16 +71,21 @@ def plan_for_bytes(
 ) -> Plan:
     """The best split of a number of bytes over the heads of some segments, for live text like these windows."""
     spec = model.spec
-    eight_bit = spec.key_length % 32 == 0 and spec.value_length % 32 == 0
     with progress.stage("sensitivity") as step:
         felt = sensitivity(model, kv, windows, seed, step)
     with progress.stage("budget", len(segments) * spec.block_count * spec.head_count_kv) as step:
         targets = capture(model, kv, spread(windows, TOKENS))
         found = curves(model, kv, targets, offset, segments, felt, step)
     anchors = np.zeros((len(offset) - 1, spec.block_count, spec.head_count_kv), dtype=np.int64)
-    for head, n in split(found, nbytes, lambda n, n_tokens: head_bytes(spec, n, n_tokens, eight_bit)).items():
+    for head, n in split(found, nbytes, lambda n, n_tokens: head_bytes(spec, n, n_tokens, fits_eight_bit(spec))).items():
         anchors[head] = n
-    return Plan(anchors, np.zeros_like(anchors), f"{nbytes} bytes", eight_bit=eight_bit)
+    steps = tune_steps(max(offset[s + 1] - offset[s] for s in segments))
+    return Plan(anchors, np.zeros_like(anchors), f"{nbytes} bytes", eight_bit=fits_eight_bit(spec), tune_steps=steps)
+
+
+def fits_eight_bit(spec: ModelSpec) -> bool:
+    """Whether rows of keys and values can be Q8_0, which has blocks of 32 numbers."""
+    return spec.key_length % 32 == 0 and spec.value_length % 32 == 0
 
 
 def head_bytes(spec: ModelSpec, n: int, n_tokens: int, eight_bit: bool) -> int:

@@ -9,7 +9,7 @@ from typing import Sequence
 import numpy as np
 import torch
 
-from .budget import Plan, plan_for_bytes
+from .budget import Plan, effort, plan_for_bytes
 from .capture import Packed, PrefixKV, prefill
 from .check import held_out_fidelity
 from .entries.anchor import anchor_state, exact_anchors, fit_best_anchors
@@ -20,6 +20,7 @@ from .entries.tangent import tangent_entries
 from .entries.target import Target, segment_targets
 from .entries.token import REST, TOP_K, looked_up, rest_target
 from .entries.token_graph import token_graph
+from .estimate import estimate_seconds
 from .hnsw import build_graph
 from .inputs import check_inputs
 from .lists import build_lists
@@ -34,7 +35,8 @@ from .reference import memory_state
 from .state import exact_state
 
 WINDOW = 384  # tokens of live text in one window
-STUDY_WINDOW = 192  # of self-study: more and shorter windows are written faster than few long ones
+STUDY_WINDOW = 192  # of self-study about a long prefix: more and shorter windows are written faster than few long ones
+STUDY_WINDOWS = 24  # about a long prefix; twice as many gained nothing in bench/queries.py
 HELD_OUT = 12  # one of so many windows is not built from, but measured on
 LATER = 8  # one of so many windows begins at a later position
 FAR = 8192
@@ -52,7 +54,7 @@ def build_memory(
     queries: Sequence[str | list] = ("repeat", "self-study"),
     system: bool = False,
     tools: list[dict] | None = None,
-    windows: int = 24,
+    windows: int | None = None,
     seed: int = 0,
     device: str | None = None,
     progress: Progress | None = None,
@@ -66,11 +68,13 @@ def build_memory(
     queries: where queries come from: "repeat", "self-study", the path of a file of traces, or a list of traces.
     system: the text of the file is the system message of a chat.
     tools: tools of the chat, as OpenAI clients send them; they become part of the prefix.
-    windows: how many windows of live text self-study writes.
+    windows: how many windows of live text self-study writes.  [default: as study_shape says]
     The same inputs and seed give the same file. Raises ValueError or OSError for bad input; writes nothing then.
     """
     progress = progress or Progress(quiet=True)
     check_inputs(model, prefix, queries, out)
+    if windows is not None and windows < 1:
+        raise ValueError("self-study writes at least one window")
     if share is not None and nbytes is not None:
         raise ValueError("give the size of the memory either as a share or in bytes")
 
@@ -85,11 +89,15 @@ def build_memory(
         if out is not None:
             check_space(out, nbytes)
 
+        given = given_queries(model, prefix, queries)
+
+    study = study_shape(len(prefix.tokens), windows)
+    segments = list(range(len(prefix.offset) - 1))
+    tell_estimate(model, prefix, given, study, nbytes, segments, progress)
     with progress.stage("prefill", len(prefix.tokens)) as step:
         kv = prefill(model, prefix.tokens, progress=step)
 
-    build_text, held_out = collect_queries(model, prefix, kv, queries, windows, seed, progress)
-    segments = list(range(len(prefix.offset) - 1))
+    build_text, held_out = collect_queries(model, prefix, kv, given, study, seed, progress)
     plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, segments, seed, progress)
     memory = fit_memory(model, prefix, kv, build_text, plan, seed=seed, progress=progress)
     memory.build["queries"] = query_names(queries)
@@ -114,24 +122,61 @@ def measure_and_save(
             memory.save(out)
 
 
-def collect_queries(
-    model: BuildModel, prefix: Prefix, kv: PrefixKV, queries: Sequence[str | list], windows: int, seed: int, progress: Progress
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Windows of live text from all sources: those to build from, and those to measure on."""
-    build_text, held_out = [], []
+def study_shape(n_tokens: int, windows: int | None = None) -> tuple[int, int]:
+    """How many windows self-study writes about a prefix of so many tokens, and how many tokens each has.
+
+    Windows become shorter rather than fewer: all advance together, so their length is what takes the time.
+    """
+    return windows or round(STUDY_WINDOWS * effort(n_tokens, 5 / 6)), round(STUDY_WINDOW * effort(n_tokens, 1 / 2))
+
+
+def given_queries(model: BuildModel, prefix: Prefix, queries: Sequence[str | list]) -> list[list[list[int]] | None]:
+    """Windows of live text of each source, None where self-study is still to write them."""
+    found = []
     for source in queries:
         if source == "repeat":
-            build_text += repeat_prefill(prefix, WINDOW)
-            continue
-        if source == "self-study":
-            with progress.stage("self-study", windows * STUDY_WINDOW) as step:
-                found = self_study(model, prefix, kv, windows, STUDY_WINDOW, seed, step)
+            found.append(repeat_prefill(prefix, WINDOW))
+        elif source == "self-study":
+            found.append(None)
         else:
-            found = traces(model.tokenizer, prefix, source if isinstance(source, list) else read_traces(source), WINDOW)
+            found.append(traces(model.tokenizer, prefix, source if isinstance(source, list) else read_traces(source), WINDOW))
+    if not any(windows is None or windows for windows in found):
+        raise ValueError("there are no queries to build from; give traces, 'repeat' or 'self-study'")
+    return found
+
+
+def tell_estimate(
+    model: BuildModel, prefix: Prefix, given: list, study: tuple[int, int], nbytes: int, segments: list[int], progress: Progress
+) -> None:
+    """Say what a build of some segments of a prefix will take, before it starts. given, study: see collect_queries."""
+    n_written = given.count(None) * math.prod(study)
+    n_live = n_written + sum(len(w) for found in given if found for w in found)
+    n_tokens = [prefix.offset[s + 1] - prefix.offset[s] for s in segments]
+    with progress.stage("estimate"):
+        seconds = estimate_seconds(model, len(prefix.tokens), n_tokens, n_live, n_written, study[0], nbytes)
+    progress.expect(n_written, seconds)
+
+
+def collect_queries(
+    model: BuildModel,
+    prefix: Prefix,
+    kv: PrefixKV,
+    given: list[list[list[int]] | None],
+    study: tuple[int, int],
+    seed: int,
+    progress: Progress,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows of live text from all sources: those to build from, and those to measure on.
+
+    given: see given_queries; what is None is written now. study: how many windows, and the tokens of each.
+    """
+    build_text, held_out = [], []
+    for found in given:
+        if found is None:
+            with progress.stage("self-study", math.prod(study)) as step:
+                found = self_study(model, prefix, kv, *study, seed, step)
         build_text += [w for i, w in enumerate(found) if i % HELD_OUT != HELD_OUT // 2]
         held_out += found[HELD_OUT // 2 :: HELD_OUT]
-    if not build_text:
-        raise ValueError("there are no queries to build from; give traces, 'repeat' or 'self-study'")
     return build_text, held_out
 
 

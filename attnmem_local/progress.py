@@ -15,6 +15,14 @@ class Progress:
     def __init__(self, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet)
         self.seconds: dict[str, float] = {}
+        self.expected: float | None = None  # seconds of the stages to come, once expect() has been told them
+
+    def expect(self, n_written: int, seconds: float) -> None:
+        """What the stages to come will take: tokens that self-study writes, and seconds."""
+        self.expected = seconds
+        text = f"writing {n_written:,} tokens of self-study, " if n_written else ""
+        about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+        self.console.print(f"{text}about {about} on this machine", markup=False, highlight=False)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None):

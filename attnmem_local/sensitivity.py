@@ -124,3 +124,11 @@ def measure(model, kv: PrefixKV, windows: list[list[int]], seed: int, progress: 
         for hook in hooks:
             hook.remove()
     return total / sum(map(len, windows))
+
+
+def is_cached(model) -> bool:
+    """Whether a file has the sensitivity of the model already; whether it is whole is not looked at."""
+    try:
+        return cache_path(model).exists()
+    except (OSError, RuntimeError):  # no home folder, or none that may be read
+        return False

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .budget import plan_for_bytes
-from .build import collect_queries, fit_memory, measure_and_save, query_names
+from .build import collect_queries, fit_memory, given_queries, measure_and_save, query_names, study_shape, tell_estimate
 from .capture import prefill
 from .errors import WrongModel
 from .inputs import check_inputs
@@ -27,7 +27,7 @@ def update_memory(
     *,
     queries: Sequence[str | list] = ("repeat", "self-study"),
     tools: list[dict] | None = None,
-    windows: int = 8,
+    windows: int | None = None,
     seed: int = 0,
     device: str | None = None,
     progress: Progress | None = None,
@@ -38,7 +38,7 @@ def update_memory(
     distance from the live text now, the keys are rotated by the difference, which is exact. What they say about words of
     theirs that a changed part before them would explain otherwise stays as it was: that is the loss against a full build.
     tools: of the chat.  [default: those of the old memory, which also keeps its date]
-    windows: of self-study; fewer than for a whole memory.
+    windows: of self-study.  [default: as study_shape says for the tokens that changed]
     Raises WrongModel if the memory is of another model, ValueError if nothing changed.
     """
     progress = progress or Progress(quiet=True)
@@ -55,7 +55,12 @@ def update_memory(
         changed = [s for s in range(len(prefix.offset) - 1) if s not in same]
         if not changed and len(same) == len(old.layers):
             raise ValueError("no part of the prefix has changed")
+        given = given_queries(model, prefix, queries)
 
+    n_tokens = sum(prefix.offset[s + 1] - prefix.offset[s] for s in changed)
+    nbytes = int(old.nbytes() / old.kv_bytes() * n_tokens * model.spec.kv_bytes_per_token())
+    study = study_shape(n_tokens, windows)
+    tell_estimate(model, prefix, given, study, nbytes, changed, progress)
     with progress.stage("prefill", len(prefix.tokens)) as step:
         kv = prefill(model, prefix.tokens, progress=step)
     keep = {}
@@ -63,7 +68,7 @@ def update_memory(
         moved = (prefix.offset[s] - len(prefix.tokens)) - (old.segment_offset[before] - len(old.prefix_tokens))
         keep[s] = {il: _moved(model, layer, moved) for il, layer in old.layers[before].items()}
 
-    build_text, held_out = collect_queries(model, prefix, kv, queries, windows, seed, progress)
+    build_text, held_out = collect_queries(model, prefix, kv, given, study, seed, progress)
     if not changed:  # parts were only left out
         result = replace(
             old,
@@ -77,8 +82,6 @@ def update_memory(
             fidelity={},
         )
     else:
-        n_tokens = sum(prefix.offset[s + 1] - prefix.offset[s] for s in changed)
-        nbytes = int(old.nbytes() / old.kv_bytes() * n_tokens * model.spec.kv_bytes_per_token())
         plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, changed, seed, progress)
         result = fit_memory(model, prefix, kv, build_text, plan, keep=keep, seed=seed, progress=progress)
         result.build["queries"] = query_names(queries)

@@ -2,9 +2,9 @@
 
     .venv/bin/python bench/queries.py [--prefix readme] [--source traces] [--share 1/8] [--json]
 
-A memory of the same size from each source, scored on the same held-out text, llama.cpp on the F32 copy. The default is
-repeat and 24 windows of self-study. Traces are the build text of prefixes.py, which is text of the same kind as the scored
-one; the chat has none.
+A memory of the same size from each source, scored on the same held-out text, llama.cpp on the F32 copy. `default` is repeat
+and 24 windows of self-study, as prefixes of 2,256 tokens and more get them. Traces are the build text of prefixes.py, which is
+text of the same kind as the scored one; the chat has none.
 """
 
 from fractions import Fraction

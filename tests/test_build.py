@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 import transformers
 
 from attnmem_local import errors
-from attnmem_local.build import build_memory
+from attnmem_local.build import HELD_OUT, build_memory, study_shape
 from attnmem_local.capture import prefill
 from attnmem_local.entries.centroid import cluster, mean_state
 from attnmem_local.memory import Memory
 from attnmem_local.model import load_model
 from attnmem_local.live import drop_prefix, with_prefix_messages
 from attnmem_local.prefix import chat_prefix
+from attnmem_local.progress import Progress
 from attnmem_local.queries.repeat_prefill import repeat_prefill
 from attnmem_local.queries.self_study import self_study
 from attnmem_local.queries.traces import read_traces, traces
@@ -76,6 +78,53 @@ def test_no_queries(tiny, tmp_path):
     with pytest.raises(ValueError, match="no queries"):
         build_memory(tiny.model, SYSTEM, tmp_path / "x.gguf", queries=[[]])
     assert list(tmp_path.iterdir()) == []
+
+
+class Told(Progress):
+    """Remembers in which order stages began and the estimate was told."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.order = []
+
+    def stage(self, name, total=None):
+        self.order.append(name)
+        return super().stage(name, total)
+
+    def expect(self, n_written, seconds):
+        self.order.append(n_written)
+        super().expect(n_written, seconds)
+
+
+def test_a_build_says_what_it_will_take_before_the_work_begins(tiny):
+    told = Told()
+    build_memory(tiny.model, SYSTEM, share=0.5, progress=told)
+    assert told.order[:4] == ["load model", "estimate", math.prod(study_shape(1)), "prefill"]
+    work = sum(told.seconds.values()) - told.seconds["load model"] - told.seconds["estimate"]
+    assert work / 8 < told.expected < 8 * work  # wide, as anything may run beside a test; bench/build_time.py measures it
+
+    told = Told()
+    build_memory(tiny.model, SYSTEM, share=0.5, queries=["repeat"], progress=told)
+    assert told.order[2] == 0  # nothing is written
+
+
+def test_the_estimate_on_the_terminal(capsys):
+    Progress().expect(1536, 38.4)
+    Progress().expect(4608, 170)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "writing 1,536 tokens of self-study, about 38 s on this machine" in told
+    assert "writing 4,608 tokens of self-study, about 3 min on this machine" in told
+
+
+def test_self_study_grows_with_the_prefix():
+    shapes = [study_shape(n) for n in (1, 411, 1000, 1643, 2256, 100_000)]
+    assert shapes == sorted(shapes) and math.prod(shapes[1]) < math.prod(shapes[4]) / 2 and shapes[4] == (24, 192)
+    assert all(windows > 3 * HELD_OUT // 2 for windows, _ in shapes)  # two are left to measure on
+
+
+def test_a_build_without_a_window_of_self_study_is_refused(tiny):
+    with pytest.raises(ValueError, match="at least one window"):
+        build_memory(tiny.model, SYSTEM, windows=0)
 
 
 def test_mean_state_of_a_cluster():

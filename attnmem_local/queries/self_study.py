@@ -38,7 +38,7 @@ def self_study(
     logits = session.run(model, tokens)[:, -1]
     progress(tokens.numel())
     while tokens.shape[1] < window:
-        drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+        drawn = draw(logits, generator)
         for row, prompt in zip(drawn, prompts):  # all rows advance together: longer prompts are still being read
             if len(prompt) > tokens.shape[1]:
                 row[0] = prompt[tokens.shape[1]]
@@ -46,6 +46,11 @@ def self_study(
         logits = session.run(model, drawn)[:, -1]
         progress(n_windows)
     return tokens.tolist()
+
+
+def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token [n, 1] for each row of logits [n, n_vocab], at temperature 1."""
+    return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
 
 
 def _prompt(model, prefix: Prefix, request: str) -> list[int]:
