@@ -259,7 +259,7 @@ def _write(memory: Memory, path: Path) -> None:
             value = getattr(memory.model, name)
             add[type(value)](key, value)
     writer.add_array("attnmem.prefix.tokens", [int(t) for t in memory.prefix_tokens])
-    writer.add_string("attnmem.prefix.text", memory.prefix_text)
+    writer.add_key_value("attnmem.prefix.text", memory.prefix_text, gguf.GGUFValueType.STRING)  # add_string leaves out an empty text
     if memory.prefix_messages is not None:
         writer.add_string("attnmem.prefix.messages", json.dumps(memory.prefix_messages, ensure_ascii=False))
     if memory.prefix_tools is not None:

@@ -111,12 +111,12 @@ def save_exact(tiny, name: str, bias: float = 0.0) -> Path:
 
 @pytest.fixture(scope="session")
 def one(tiny) -> Path:
-    return save_exact(tiny, "one")
+    return save_exact(tiny, "attached-one")
 
 
 @pytest.fixture(scope="session")
 def two(tiny) -> Path:
-    return save_exact(tiny, "two", bias=-1.0)
+    return save_exact(tiny, "attached-two", bias=-1.0)
 
 
 @pytest.fixture(scope="session")

@@ -43,9 +43,6 @@ MEASURED = {"kl_mean": 0.1, "kl_none": 1.0, "top1": 0.9, "nll_full": 1.0, "nll_m
     "fidelity, says",
     [
         (MEASURED, "KL to the full prefix 0.1000"),
-        ({"kl_mean": 0.1}, "does not say in full"),
-        (MEASURED | {"kl_mean": float("nan")}, "does not say in full"),
-        (MEASURED | {"top1": "high"}, "does not say in full"),
         (MEASURED | {"kl_none": 0.0}, "poorly"),
         (MEASURED | {"kl_mean": 0.0, "kl_none": 0.0}, "KL to the full prefix 0.0000"),
     ],

@@ -16,7 +16,6 @@ from .terminal import one_line
 
 POOR_SHARE = 1 / 4  # of the KL without the prefix: what leaves more is worth a warning
 SHOWN = 60  # characters of the prefix
-MEASURED = ("kl_mean", "kl_none", "top1", "nll_memory", "nll_full", "nll_none", "tokens")
 
 
 @click.command()
@@ -74,14 +73,7 @@ def print_memory(memory: Memory, path: Path) -> None:
         console.print(Text("warning: ", style="yellow").append(warning, style="default"))
 
 
-def _measured(fidelity: dict) -> bool:
-    """Whether all that is measured is there; a file may hold a part of it, or other things under these names."""
-    return all(isinstance(x := fidelity.get(name), (int, float)) and math.isfinite(x) for name in MEASURED)
-
-
 def _fidelity(f: dict) -> str:
-    if not _measured(f):
-        return ", ".join(f"{name} {value}" for name, value in f.items())
     return (
         f"KL to the full prefix {f['kl_mean']:.4f} (without the prefix {f['kl_none']:.3f}), same most likely token {f['top1']:.1%}; "
         f"nats per token {f['nll_memory']:.3f}, full prefix {f['nll_full']:.3f}, without {f['nll_none']:.3f}; "
@@ -92,8 +84,6 @@ def _fidelity(f: dict) -> str:
 def _warning(fidelity: dict) -> str | None:
     if not fidelity:
         return "the memory was not measured when it was built: there was too little live text to hold some out"
-    if not _measured(fidelity):
-        return "the file does not say in full how faithful the memory is; measure it with attnmem eval fidelity"
     left, none = fidelity["kl_mean"], fidelity["kl_none"]
     if left > POOR_SHARE * none:
         lost = f"{left / none:.0%} of" if none > 0 else "more than"

@@ -44,7 +44,7 @@ class Checker:
         failures: list[str] = []
         llama = self.scorers[base.model, False].llama
         memory, python = self._read("python", lambda: _load(self.path), failures)
-        loaded, runtime = self._read("native", lambda: LoadedMemory(llama, self.path), failures)
+        loaded, runtime = self._read("native", lambda: LoadedMemory(llama._model, self.path), failures)
         fits = memory is not None and _fits(memory, base)
         if fits != (loaded is not None):
             what = "" if memory is None or fits else ", for another model"
@@ -52,8 +52,6 @@ class Checker:
         outcome = {"python": python.split(":")[0], "native": runtime.split(":")[0]}
         if memory is not None and loaded is not None:
             outcome["decode"] = self._use(memory, loaded, base, failures)
-        if loaded is not None:
-            native.free(loaded.handle)
         return outcome, failures
 
     def _read(self, reader: str, read, failures: list[str]):
@@ -86,15 +84,13 @@ class Checker:
         logits = {}
         for flash in (False, True):
             scorer = self.scorers[base.model, flash]
-            at = LoadedMemory(scorer.llama, self.path) if flash else loaded
+            at = LoadedMemory(scorer.llama._model, self.path) if flash else loaded
             for lookup in native.LOOKUPS:
                 # in a new thread, as buffers of a search are kept for each thread
                 thread = threading.Thread(target=lambda: logits.update({(flash, lookup): _logits(scorer, at, lookup)}))
                 thread.start()
                 thread.join()
             scorer.llama.detach()
-            if flash:
-                native.free(at.handle)
         refused = [x for x in logits.values() if isinstance(x, Unsupported)]
         if refused and len(refused) == len(logits):
             return "attach refused"
@@ -131,10 +127,9 @@ class Checker:
         path = self.path.with_name("jittered.mem.gguf")
         for seed in range(4):
             _jittered(memory, seed, 1e-2 if base.name == "quantized" else 1e-3).save(path)
-            other = LoadedMemory(scorer.llama, path)
+            other = LoadedMemory(scorer.llama._model, path)
             results = [_logits(scorer, other, lookup) for lookup in ("stock", "scan")]
             scorer.llama.detach()
-            native.free(other.handle)
             if max(np.abs(x - logits).max() for x in results) > TOLERANCE / 2:
                 return True
         return False
