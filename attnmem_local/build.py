@@ -77,6 +77,8 @@ def build_memory(
         raise ValueError("self-study writes at least one window")
     if share is not None and nbytes is not None:
         raise ValueError("give the size of the memory either as a share or in bytes")
+    if not all(size is None or size > 0 for size in (share, nbytes)):
+        raise ValueError("the size of a memory is more than 0")
 
     with progress.stage("load model"):
         model = model if isinstance(model, BuildModel) else load_model(model, device)
