@@ -98,6 +98,14 @@ def head_bytes(spec: ModelSpec, n: int, n_tokens: int, eight_bit: bool) -> int:
     return n * row
 
 
+def check_bytes(spec: ModelSpec, n_tokens: list[int], nbytes: int) -> None:
+    """Raises ValueError if a number of bytes is too few for segments of so many tokens, before any work is done for them."""
+    heads = spec.block_count * spec.head_count_kv
+    least = heads * sum(head_bytes(spec, min(SIZES[0], n), n, fits_eight_bit(spec)) for n in n_tokens)
+    if nbytes < least:
+        raise ValueError(f"{nbytes} bytes are too few for this model and prefix: the least is {least}; give a larger --share or --bytes")
+
+
 @dataclass
 class Curve:
     """KL that a KV head adds with n anchors: measured points, joined in logarithms; none is left with all tokens."""

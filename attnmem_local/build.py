@@ -9,7 +9,7 @@ from typing import Sequence
 import numpy as np
 import torch
 
-from .budget import Plan, effort, plan_for_bytes
+from .budget import Plan, check_bytes, effort, plan_for_bytes
 from .capture import Packed, PrefixKV, prefill
 from .check import held_out_fidelity
 from .entries.anchor import anchor_state, exact_anchors, fit_best_anchors
@@ -150,10 +150,14 @@ def given_queries(model: BuildModel, prefix: Prefix, queries: Sequence[str | lis
 def tell_estimate(
     model: BuildModel, prefix: Prefix, given: list, study: tuple[int, int], nbytes: int, segments: list[int], progress: Progress
 ) -> None:
-    """Say what a build of some segments of a prefix will take, before it starts. given, study: see collect_queries."""
+    """Say what a build of some segments of a prefix will take, before it starts. given, study: see collect_queries.
+
+    Raises ValueError if there are too few bytes for them.
+    """
     n_written = given.count(None) * math.prod(study)
     n_live = n_written + sum(len(w) for found in given if found for w in found)
     n_tokens = [prefix.offset[s + 1] - prefix.offset[s] for s in segments]
+    check_bytes(model.spec, n_tokens, nbytes)
     with progress.stage("estimate"):
         seconds = estimate_seconds(model, len(prefix.tokens), n_tokens, n_live, n_written, study[0], nbytes)
     progress.expect(n_written, seconds)

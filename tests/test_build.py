@@ -122,6 +122,13 @@ def test_self_study_grows_with_the_prefix():
     assert all(windows > 3 * HELD_OUT // 2 for windows, _ in shapes)  # two are left to measure on
 
 
+def test_a_size_that_is_too_small_is_told_before_the_work(tiny, tmp_path):
+    progress = Progress(quiet=True)
+    with pytest.raises(ValueError, match="1 bytes are too few .* the least is"):
+        build_memory(tiny.model, SYSTEM, tmp_path / "x.gguf", nbytes=1, progress=progress)
+    assert set(progress.seconds) == {"load model"}
+
+
 def test_a_build_without_a_window_of_self_study_is_refused(tiny):
     with pytest.raises(ValueError, match="at least one window"):
         build_memory(tiny.model, SYSTEM, windows=0)
