@@ -36,7 +36,7 @@ def test_a_memory_with_a_quantized_cache_is_as_exact_as_the_prefix(head_dim, tmp
     memory = tiny.save(tiny.exact(), "exact")
     reference = log_probs(tiny.path, tiny.prefix.tokens, tiny.live, **cache("f32", flash_attn=False))
     keys_alone = {"type_k": KV_TYPES["q8_0"], "flash_attn": False}
-    for options in (cache("q8_0"), cache("q4_0"), cache("q8_0") | {"n_batch": 1}, keys_alone):
+    for options in (cache("q8_0"), cache("q4_0"), cache("q8_0") | {"n_batch": 1}, keys_alone, cache("bf16"), cache("bf16", flash_attn=False)):
         prefix_error = kl(reference, log_probs(tiny.path, tiny.prefix.tokens, tiny.live, **options)).mean()
         assert kl(reference, log_probs(tiny.path, [], tiny.live, memory=memory, **options)).mean() < 1.5 * prefix_error < 0.1
 
