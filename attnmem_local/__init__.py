@@ -2,19 +2,27 @@
 
     build_memory(model, prefix, out)   a prefix becomes a memory (needs the `build` extra)
     MemoryLlama(model, memory=out)     a llama_cpp.Llama that answers with it
+
+The wings of the house, and which may import which, are drawn in README.md and held by tests/test_house.py.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .build import build_memory
-    from .errors import MemoryRefused
-    from .memory import Memory
-    from .runtime import MemoryLlama
+    from .builder.build import build_memory
+    from .memory.errors import AttnmemError, MemoryRefused
+    from .memory.memory import Memory
+    from .runtime.llama import MemoryLlama
 
-__all__ = ["Memory", "MemoryLlama", "MemoryRefused", "build_memory"]
+__all__ = ["AttnmemError", "Memory", "MemoryLlama", "MemoryRefused", "build_memory"]
 
-_MODULES = {"Memory": "memory", "MemoryLlama": "runtime", "MemoryRefused": "errors", "build_memory": "build"}
+_MODULES = {
+    "AttnmemError": "memory.errors",
+    "Memory": "memory.memory",
+    "MemoryLlama": "runtime.llama",
+    "MemoryRefused": "memory.errors",
+    "build_memory": "builder.build",
+}
 
 
 def __getattr__(name: str):

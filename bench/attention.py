@@ -21,12 +21,12 @@ from unittest.mock import patch
 
 import click
 import llama_cpp.llama_cpp as llama_cpp
-
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.evaluate import Scorer
 from lookup import captured, write_memory
 from prefixes import BOOK, DATA, builder
 from scoring import instructions, record, report
+
+from attnmem_local.evaluate.scorer import Scorer
+from attnmem_local.library import DEFAULT_MODEL
 
 LIVE, N_DECODE = 64, 24
 

@@ -13,20 +13,21 @@ import time
 from pathlib import Path
 
 import click
-
-from attnmem_local import budget
-from attnmem_local.build import STUDY_WINDOW, build_memory
-from attnmem_local.capture import prefill
-from attnmem_local.check import held_out_fidelity
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.cli.demo import HANDBOOK, HANDBOOK_CHARACTERS
-from attnmem_local.model import load_model
-from attnmem_local.prefix import Prefix, chat_prefix
-from attnmem_local.progress import Progress
-from attnmem_local.queries.self_study import self_study
-from attnmem_local.sensitivity import is_cached
 from prefixes import DATA, SYSTEM_MESSAGE
 from scoring import report
+
+from attnmem_local.builder import budget
+from attnmem_local.builder.build import STUDY_WINDOW, build_memory
+from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.fidelity import held_out_fidelity
+from attnmem_local.builder.model import load_model
+from attnmem_local.builder.progress import Progress
+from attnmem_local.builder.sensitivity import is_cached
+from attnmem_local.builder.sources.self_study import self_study
+from attnmem_local.cli.demo import HANDBOOK, HANDBOOK_CHARACTERS
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.prefix import Prefix
+from attnmem_local.prompt.prefix import chat_prefix
 
 SMALL = DATA.parent / "cases/inputs/handbook.md"
 POLICY_TOKENS = 1643

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import click
 
-from attnmem_local.capture import prefill
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.budget import uniform_plan
-from attnmem_local.build import fit_memory
-from attnmem_local.dequantize import write_f32
-from attnmem_local.evaluate import Scorer, fidelity
-from attnmem_local.model import load_model
-from attnmem_local.prefix import Prefix
-from attnmem_local.progress import Progress
+from attnmem_local.builder.budget import uniform_plan
+from attnmem_local.builder.build import fit_memory
+from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.model import load_model
+from attnmem_local.builder.progress import Progress
+from attnmem_local.evaluate import fidelity
+from attnmem_local.evaluate.dequantize import write_f32
+from attnmem_local.evaluate.scorer import Scorer
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.prefix import Prefix
 
 BUILD = Path(__file__).parents[1] / "build"
 README = BUILD / "tree/vendor/llama.cpp/tools/server/README.md"

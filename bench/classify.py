@@ -17,10 +17,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-
-from attnmem_local.evaluate import Scorer, log_softmax
-from attnmem_local.prefix import Prefix
 from labels import most_probable
+
+from attnmem_local.evaluate.scorer import Scorer, log_softmax
+from attnmem_local.memory.prefix import Prefix
 
 CACHE = Path(__file__).parents[1] / "build/tasks-cache"
 N_INTENTS = 10  # with 40 test rows each

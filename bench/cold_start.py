@@ -4,7 +4,7 @@ import json
 import sys
 import time
 
-from attnmem_local.evaluate import Scorer
+from attnmem_local.evaluate.scorer import Scorer
 
 Q8_0 = 8  # ggml_type
 N_LIVE = 16

@@ -8,7 +8,6 @@ The README and the novel of prefixes.py, with the memories that bench/fidelity.p
 from fractions import Fraction
 
 import click
-
 from fidelity import attnmem
 from prefixes import CASES, FULL, f32_model
 from scoring import report, score

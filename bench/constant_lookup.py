@@ -12,17 +12,17 @@ import os
 
 import click
 import numpy as np
-
-from attnmem_local.budget import TOKENS, curves, uniform_plan
-from attnmem_local.build import fit_memory
-from attnmem_local.capture import capture, prefill, spread
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.evaluate import Scorer
-from attnmem_local.model import load_model
-from attnmem_local.progress import Progress
-from attnmem_local.sensitivity import sensitivity
 from prefixes import CASES, FULL
 from scoring import memory_path, report, score_memory
+
+from attnmem_local.builder.budget import TOKENS, curves, uniform_plan
+from attnmem_local.builder.build import fit_memory
+from attnmem_local.builder.capture import capture, prefill, spread
+from attnmem_local.builder.model import load_model
+from attnmem_local.builder.progress import Progress
+from attnmem_local.builder.sensitivity import sensitivity
+from attnmem_local.evaluate.scorer import Scorer
+from attnmem_local.library import DEFAULT_MODEL
 
 ENTRIES = (0, 256, 1024, 4096)
 

@@ -24,20 +24,25 @@ from pathlib import Path
 
 import click
 import matplotlib
-from rich.console import Console
-from rich.table import Table
-
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.evaluate import Scorer
-from attnmem_local.memory import Memory
 from cold_start import options
 from filled_cache import fill
 from prefixes import BUILD
+from rich.console import Console
+from rich.table import Table
 from scoring import instructions, record
 from shapes import LLAMA_1B, default_memory, write_llama
 
+from attnmem_local.evaluate.scorer import Scorer
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.memory import Memory
+
 MODELS = {"default": (DEFAULT_MODEL, (512, 2048, 4096, 7600)), "1b": (BUILD / "llama-1b.gguf", (2048, 8192, 32768))}
-COLD = {("default", "full"): 7600, ("default", "full-q8"): 2048, ("1b", "full"): 2048, ("1b", "full-q8"): 0}  # prefills take minutes
+COLD = {
+    ("default", "full"): 7600,
+    ("default", "full-q8"): 2048,
+    ("1b", "full"): 2048,
+    ("1b", "full-q8"): 0,
+}  # prefills take minutes
 MODES = ("none", "full", "full-q8", "memory-scan", "memory-hnsw")
 LIVE, N_PREFILL, N_DECODE = 64, 512, 24
 console = Console(stderr=True, width=170)
@@ -98,7 +103,10 @@ def measure(name: str, model: Path, n_prefix: int, rounds: int, threads: int) ->
     for mode in MODES:
         row = {"model": name, "mode": mode, "prefix_tokens": n_prefix, "ms_per_token": statistics.median(decode[mode])}
         row |= {"ms_spread": spread(decode[mode]), "ratio_to_none": ratio(decode[mode], decode["none"])}
-        row |= {"prefill_tokens_per_s": N_PREFILL / statistics.median(prefill[mode]), "prefill_ratio": ratio(prefill[mode], prefill["none"])}
+        row |= {
+            "prefill_tokens_per_s": N_PREFILL / statistics.median(prefill[mode]),
+            "prefill_ratio": ratio(prefill[mode], prefill["none"]),
+        }
         if n_prefix <= COLD.get((name, mode), n_prefix):
             cold = [cold_start(model, mode, path, tokens, threads, i) for i in range(1 if mode.startswith("full") else 4 * rounds)]
             row |= {key: statistics.median(run[key] for run in cold) for key in cold[0]}
@@ -139,12 +147,30 @@ def spread(x: list[float]) -> float:
 
 def table(rows: list[dict]) -> Table:
     found = Table(title="memories against no prefix and the full prefix")
-    for title in ("model", "prefix", "mode", "ms per token", "to none", "prefill tok/s", "time to none", "first token, s", "load, ms", "attach, ms", "peak RSS, MB", "file, MB"):
+    for title in (
+        "model",
+        "prefix",
+        "mode",
+        "ms per token",
+        "to none",
+        "prefill tok/s",
+        "time to none",
+        "first token, s",
+        "load, ms",
+        "attach, ms",
+        "peak RSS, MB",
+        "file, MB",
+    ):
         found.add_column(title, justify="left" if title in ("model", "mode") else "right")
     for row in rows:
         cold = [""] * 4
         if "first_token_s" in row:
-            cold = [f"{row['first_token_s']:.2f}", f"{row['load_ms']:.1f}", f"{row['attach_ms']:.1f}", f"{row['peak_rss_bytes'] / 1e6:.1f}"]
+            cold = [
+                f"{row['first_token_s']:.2f}",
+                f"{row['load_ms']:.1f}",
+                f"{row['attach_ms']:.1f}",
+                f"{row['peak_rss_bytes'] / 1e6:.1f}",
+            ]
         found.add_row(
             row["model"],
             str(row["prefix_tokens"]),

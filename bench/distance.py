@@ -10,13 +10,13 @@ from pathlib import Path
 
 import click
 import numpy as np
-
-from attnmem_local.evaluate import Scorer, kl
-from attnmem_local.memory import Memory
-from attnmem_local.tokenizer import GgufTokenizer
-from attnmem_local.cli.common import DEFAULT_MODEL
 from prefixes import f32_model
 from scoring import report
+
+from attnmem_local.engine.tokenizer import GgufTokenizer
+from attnmem_local.evaluate.scorer import Scorer, kl
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.memory import Memory
 
 
 @click.command()

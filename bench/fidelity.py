@@ -14,25 +14,25 @@ Needed: pip install -e ".[build,bench]".
 """
 
 import json
+from collections.abc import Callable
 from datetime import date
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable
 
 import click
-from rich.console import Console
-from rich.table import Table
-
-from attnmem_local.build import build_memory
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.memory import Memory
-from attnmem_local.progress import Progress
 from peers import presses, runtime
 from peers.attention_matching import attention_matching
 from prefixes import CASES, FULL, QUICK, Case, builder, f32_model
+from rich.console import Console
+from rich.table import Table
 from scoring import kv_bytes, record, score
+
+from attnmem_local.builder.build import build_memory
+from attnmem_local.builder.progress import Progress
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.memory import Memory
 
 SHARES = tuple(Fraction(1, n) for n in (32, 16, 8))
 console = Console(stderr=True)

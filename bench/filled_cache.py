@@ -5,7 +5,7 @@ import ctypes
 import llama_cpp
 import numpy as np
 
-from attnmem_local.evaluate import Scorer
+from attnmem_local.evaluate.scorer import Scorer
 
 N_SEEN = 64  # tokens that are prefilled, and repeated
 

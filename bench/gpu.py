@@ -14,10 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Callable
 from unittest.mock import patch
 
 import click
@@ -68,7 +68,9 @@ class Run:
         """Compiled against the libraries of this run."""
         program = self.folder / source.stem
         options = ["-std=c++17", "-O2", "-I", TREE / "ggml/include", "-L", self.libraries, f"-Wl,-rpath,{self.libraries}"]
-        subprocess.run([os.environ.get("CXX", "c++"), source, "-o", program, *options, "-lggml", "-lggml-cpu", "-lggml-base"], check=True)
+        subprocess.run(
+            [os.environ.get("CXX", "c++"), source, "-o", program, *options, "-lggml", "-lggml-cpu", "-lggml-base"], check=True
+        )
         return program
 
 
@@ -165,7 +167,9 @@ def cuda_options() -> list[str]:
     if not any(toolkit.rglob("libcuda.so")):
         driver = next((line.split()[-1] for line in output("ldconfig", "-p").splitlines() if "libcuda.so.1 " in line), None)
         options.append(f"-DCUDA_cuda_driver_LIBRARY={driver}" if driver else "-DGGML_CUDA_NO_VMM=ON")
-    asked = subprocess.run([nvcc, "-x", "cu", "-E", "-"], input="#include <cublas_v2.h>", text=True, capture_output=True, check=False)
+    asked = subprocess.run(
+        [nvcc, "-x", "cu", "-E", "-"], input="#include <cublas_v2.h>", text=True, capture_output=True, check=False
+    )
     if asked.returncode:
         folders = [Path(p) / "nvidia" / name for p in sys.path for name in ("cu13", "cublas")]
         found = [f for f in folders if (f / "include/cublas_v2.h").exists()]
@@ -207,8 +211,9 @@ def check(run: Run, rows: Rows) -> None:
 def difference_to_cpu(run: Run, flash_attn: bool) -> list[float]:
     """KL of a small model on the device to the same on the CPU, without and with a memory: the worst over sizes of a batch."""
     import gguf
-    from attnmem_local.evaluate import Scorer, kl
     from shapes import Shape, anchor_memory, model_spec, write_llama
+
+    from attnmem_local.evaluate.scorer import Scorer, kl
 
     model, path = run.folder / "check.gguf", run.folder / "check.mem.gguf"
     write_llama(model, Shape(2, 256, 512, 4, 2, 64, 2048))
@@ -248,8 +253,9 @@ def attention(run: Run, rows: Rows) -> None:
 
 def attention_bytes(shape, what: str, n: int, batch: int) -> int:
     """That one layer has to read for the prefix or the memory: all keys and values, or what a search reads."""
-    from attnmem_local.lists import n_lists
     from shapes import MIN_ENTRIES, n_probe
+
+    from attnmem_local.builder.search.lists import n_lists
 
     row = 2 * shape.d
     if what == "prefix":
@@ -304,7 +310,7 @@ class Decoder:
     def __init__(self, run: Run, model: Path):
         import llama_cpp.llama_cpp as api
 
-        from attnmem_local.runtime import MemoryLlama
+        from attnmem_local.runtime.llama import MemoryLlama
 
         self.api, self.sizes = api, run.sizes
         params = api.llama_context_default_params()
@@ -365,9 +371,9 @@ def builder(run: Run, rows: Rows) -> None:
 
     import torch
 
-    from attnmem_local.build import build_memory
-    from attnmem_local.prefix import Prefix
-    from attnmem_local.progress import Progress
+    from attnmem_local.builder.build import build_memory
+    from attnmem_local.builder.progress import Progress
+    from attnmem_local.memory.prefix import Prefix
 
     device = "cpu" if run.device == "cpu" else "cuda"
     model = random_model(run, device)
@@ -391,8 +397,8 @@ def random_model(run: Run, device: str):
     import torch
     import transformers
 
-    from attnmem_local.capture import ATTENTION_NAME
-    from attnmem_local.model import BuildModel, _spec
+    from attnmem_local.builder.attention import ATTENTION_NAME
+    from attnmem_local.builder.model import BuildModel, _spec
 
     shape = run.shape()
     config = transformers.LlamaConfig(
@@ -437,18 +443,24 @@ def table(folder: Path) -> None:
     shown = Table(title=f"memories on {', '.join({result['hardware'] for result in found.values()})}")
     for title in ("what", "tokens or entries", "batch", "attention, µs per layer", "of bandwidth", "ms per step", "of bandwidth"):
         shown.add_column(title, justify="left" if title == "what" else "right")
-    rows = {name: {(r["what"], r["n"], r["batch"]): r for r in found.get(name, {}).get("rows", []) if "n" in r} for name in STAGES[1:3]}
+    rows = {
+        name: {(r["what"], r["n"], r["batch"]): r for r in found.get(name, {}).get("rows", []) if "n" in r} for name in STAGES[1:3]
+    }
     for key in dict.fromkeys([*rows["attention"], *rows["decode"]]):
         a, d = rows["attention"].get(key), rows["decode"].get(key)
         cells = [f"{a['us_per_layer']:.1f}", f"{a['share_of_bandwidth']:.0%}"] if a else ["", ""]
         cells += (
-            [f"{d['ms_per_step']:.2f}", f"{d['bytes'] / d['ms_per_step'] / 1e6 / bandwidth:.0%}" if bandwidth else ""] if d else ["", ""]
+            [f"{d['ms_per_step']:.2f}", f"{d['bytes'] / d['ms_per_step'] / 1e6 / bandwidth:.0%}" if bandwidth else ""]
+            if d
+            else ["", ""]
         )
         shown.add_row(*map(str, key), *cells)
     Console(width=120).print(shown)
     for row in found.get("builder", {}).get("rows", []):
         stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in row["stages"].items())
-        click.echo(f"builder, {row['prefix_tokens']} tokens: {row['seconds']:.0f} s, {row['peak_bytes'] / 1e9:.1f} GB at most ({stages})")
+        click.echo(
+            f"builder, {row['prefix_tokens']} tokens: {row['seconds']:.0f} s, {row['peak_bytes'] / 1e9:.1f} GB at most ({stages})"
+        )
     for row in found.get("check", {}).get("rows", []):
         click.echo(f"{row['what']}: {'ok' if row['ok'] else 'FAILED'}")
 

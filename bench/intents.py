@@ -10,11 +10,11 @@ llama.cpp. Test rows are not looked at. Prints the seeds, those with the largest
 from pathlib import Path
 
 import click
-
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.tokenizer import GgufTokenizer
 from classify import Classifier, make_case
 from prefixes import DATA
+
+from attnmem_local.engine.tokenizer import GgufTokenizer
+from attnmem_local.library import DEFAULT_MODEL
 
 
 @click.command()
@@ -29,7 +29,9 @@ def main(data: Path, candidates: int, threads: int) -> None:
         none, full = (accuracy(case, prefix, threads) for prefix in ([], case.prefix.tokens))
         click.echo(f"seed {seed}: none {none:.3f}, full {full:.3f}")
         found.append((full - none, seed))
-    click.echo("most gained: " + ", ".join(f"seed {seed} ({gain:+.3f})" for gain, seed in sorted(found, key=lambda x: (-x[0], x[1]))))
+    click.echo(
+        "most gained: " + ", ".join(f"seed {seed} ({gain:+.3f})" for gain, seed in sorted(found, key=lambda x: (-x[0], x[1])))
+    )
 
 
 def accuracy(case, prefix: list[int], threads: int) -> float:

@@ -1,7 +1,7 @@
 """The most probable of some labels, found exactly by best-first search over their tokens; needs numpy only."""
 
 import heapq
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 

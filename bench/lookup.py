@@ -14,24 +14,26 @@ instructions that the runtime was compiled for. The captured queries are kept in
 import heapq
 import statistics
 import time
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
-from typing import Iterable
 
 import click
 import matplotlib
 import numpy as np
-
-from attnmem_local import native
-from attnmem_local.build import searchable
-from attnmem_local.capture import capture, prefill
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.content import read_content
-from attnmem_local.memory import Entries, LayerMemory, Memory, quantize_rows, rows
-from attnmem_local.runtime import MemoryLlama
 from prefixes import BOOK, BUILD, CASES, DATA, FULL, builder
 from scoring import instructions, record, report
 from shapes import n_probe
+
+from attnmem_local.builder.build import searchable
+from attnmem_local.builder.capture import capture, prefill
+from attnmem_local.engine import native
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.content import read_content
+from attnmem_local.memory.entries import Entries, LayerMemory
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.tables import quantize_rows, rows
+from attnmem_local.runtime.llama import MemoryLlama
 
 SIZES = (256, 1024, 2048, 4096, 16384, 65536)
 EF_ALL = 48  # for every size; that of the runtime grows with the table
@@ -57,7 +59,9 @@ def main(layer: int, repeat: int, as_json: bool) -> None:
                 state[lookup], row[f"us_{lookup}_{batch}"] = timed(memory.handle, layer, test, lookup, batch, repeat)
         for lookup in LOOKUPS[1:]:
             row[f"recall_at_1_{lookup}"] = float((state["scan"] == state[lookup]).all(-1).mean())
-        row["comparisons_lists"] = statistics.fmean(listed(entries, h, test[t, h * n_group]) for t in range(N_COUNTED) for h in range(n_head_kv))
+        row["comparisons_lists"] = statistics.fmean(
+            listed(entries, h, test[t, h * n_group]) for t in range(N_COUNTED) for h in range(n_head_kv)
+        )
         for name, ef in (("", runtime_ef(n)), (f"_ef{EF_ALL}", EF_ALL)):
             counted = [walk(entries, h, test[t, h * n_group], ef) for t in range(N_COUNTED) for h in range(n_head_kv)]
             row[f"comparisons{name}"] = statistics.fmean(count for _, count in counted)
@@ -89,7 +93,9 @@ def write_memory(known: np.ndarray, n: int, layers: Iterable[int]) -> tuple[Path
     chosen = np.random.default_rng(0).permutation(known.shape[1])[:n]
     entries = table([own[chosen] for own in known])
     path = BUILD / "bench-lookup.mem.gguf"
-    Memory(builder().spec, prefix.tokens, prefix.text, [{layer: LayerMemory(centroid=entries) for layer in layers}], prefix.offset).save(path)
+    Memory(
+        builder().spec, prefix.tokens, prefix.text, [{layer: LayerMemory(centroid=entries) for layer in layers}], prefix.offset
+    ).save(path)
     return path, entries
 
 
@@ -175,7 +181,9 @@ def listed(entries: Entries, h: int, q: np.ndarray) -> int:
     """The rows that a search of the lists of head h scores: all means, and the entries of the best lists."""
     lists = entries.lists
     own = slice(lists.head[h], lists.head[h + 1])
-    best = np.argsort(-(rows(lists.key[own]) @ q.astype(np.float32) + lists.bias[own]))[: n_probe(int(np.diff(entries.offset).max()))]
+    best = np.argsort(-(rows(lists.key[own]) @ q.astype(np.float32) + lists.bias[own]))[
+        : n_probe(int(np.diff(entries.offset).max()))
+    ]
     return own.stop - own.start + int(np.diff(lists.offset)[own][best].sum())
 
 

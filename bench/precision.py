@@ -9,13 +9,13 @@ from dataclasses import replace
 from fractions import Fraction
 
 import click
-
-from attnmem_local.budget import plan_for_bytes
-from attnmem_local.build import fit_memory
-from attnmem_local.capture import prefill
-from attnmem_local.progress import Progress
 from prefixes import CASES, FULL, builder
 from scoring import kv_bytes, report, score_memory
+
+from attnmem_local.builder.budget import plan_for_bytes
+from attnmem_local.builder.build import fit_memory
+from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.progress import Progress
 
 
 @click.command()

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.dequantize import write_f32
-from attnmem_local.live import drop_prefix
-from attnmem_local.prefix import Prefix, chat_prefix
-from attnmem_local.tokenizer import GgufTokenizer
+from attnmem_local.engine.tokenizer import GgufTokenizer
+from attnmem_local.evaluate.dequantize import write_f32
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.prefix import Prefix
+from attnmem_local.prompt.live import drop_prefix
+from attnmem_local.prompt.prefix import chat_prefix
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
@@ -75,10 +76,10 @@ class Case:
         """The token windows that a builder may see; self-study writes them once."""
         if self.build_text is not None:
             return self.build_text
-        from attnmem_local.build import STUDY_WINDOW, WINDOW
-        from attnmem_local.capture import prefill
-        from attnmem_local.queries.repeat_prefill import repeat_prefill
-        from attnmem_local.queries.self_study import self_study
+        from attnmem_local.builder.build import STUDY_WINDOW, WINDOW
+        from attnmem_local.builder.capture import prefill
+        from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
+        from attnmem_local.builder.sources.self_study import self_study
 
         path = self.folder / "build-windows.json"
         if not path.exists():
@@ -99,7 +100,7 @@ def f32_model() -> Path:
 @lru_cache(maxsize=1)
 def builder():
     """The BuildModel of the default model."""
-    from attnmem_local.model import load_model
+    from attnmem_local.builder.model import load_model
 
     return load_model(DEFAULT_MODEL)
 
@@ -163,7 +164,7 @@ def chat(size: Size = FULL) -> Case:
 
 def _answers(prefix: Prefix, questions: list[list[int]], n: int) -> list[list[int]]:
     """Greedy answers of the full-prefix model up to the end of its turn, kept on disk."""
-    from attnmem_local.evaluate import Scorer
+    from attnmem_local.evaluate.scorer import Scorer
 
     key = hashlib.blake2b(json.dumps([prefix.tokens, questions, n]).encode(), digest_size=6).hexdigest()
     path = CACHE / f"answers-{key}.json"

@@ -10,11 +10,11 @@ text of the same kind as the scored one; the chat has none.
 from fractions import Fraction
 
 import click
-
-from attnmem_local.build import build_memory
-from attnmem_local.progress import Progress
 from prefixes import CASES, FULL, builder
 from scoring import report, score_memory
+
+from attnmem_local.builder.build import build_memory
+from attnmem_local.builder.progress import Progress
 
 SOURCES = {  # sources, and windows of self-study
     "default": (["repeat", "self-study"], 24),
@@ -40,9 +40,19 @@ def main(names: tuple[str, ...], labels: tuple[str, ...], share: str, as_json: b
                 continue
             queries = [case.build_text if source == "traces" else source for source in sources]
             memory = build_memory(
-                builder(), case.prefix, queries=queries, windows=windows, share=float(Fraction(share)), progress=Progress(quiet=as_json)
+                builder(),
+                case.prefix,
+                queries=queries,
+                windows=windows,
+                share=float(Fraction(share)),
+                progress=Progress(quiet=as_json),
             )
-            about = {"prefix": name, "queries": label, "tokens": memory.build["query_tokens"], "held_out_kl": memory.fidelity.get("kl_mean")}
+            about = {
+                "prefix": name,
+                "queries": label,
+                "tokens": memory.build["query_tokens"],
+                "held_out_kl": memory.fidelity.get("kl_mean"),
+            }
             rows.append(about | score_memory(case, memory, "queries"))
     report(rows, as_json, share=share)
 

@@ -8,11 +8,11 @@ import click
 import gguf
 import llama_cpp
 import numpy as np
-
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.evaluate import Scorer, kl, nll
-from attnmem_local.memory import Memory
 from prefixes import BUILD, Case, f32_model
+
+from attnmem_local.evaluate.scorer import Scorer, kl, nll
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.memory import Memory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -78,7 +78,9 @@ def report(rows: list[dict], as_json: bool, **about) -> None:
         click.echo(json.dumps({**about, "rows": rows}))
     else:
         for row in rows:
-            click.echo(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+            click.echo(
+                ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+            )
 
 
 def kv_bytes(case: Case) -> int:

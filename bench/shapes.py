@@ -6,8 +6,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from attnmem_local.lists import n_lists
-from attnmem_local.memory import Entries, LayerMemory, Lists, Memory, ModelSpec, quantize_rows
+from attnmem_local.builder.search.lists import n_lists
+from attnmem_local.memory.entries import Entries, LayerMemory, Lists
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.spec import ModelSpec
+from attnmem_local.memory.tables import quantize_rows
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 MIN_ENTRIES = 2048  # as MEM_SEARCH_MIN_ENTRIES in native/src/llama-adapter-mem-graph.cpp
@@ -121,8 +124,8 @@ def lookup_memory(spec: ModelSpec, n: int) -> Memory:
 
 def default_memory(model: Path, n_tokens: int) -> Memory:
     """As large as the default build makes it for a prefix of so many tokens, with heads of as uneven size."""
-    from attnmem_local.budget import head_bytes  # a machine that only measures need not be able to build
-    from attnmem_local.build import default_bytes
+    from attnmem_local.builder.budget import head_bytes
+    from attnmem_local.builder.build import default_bytes
 
     reader = gguf.GGUFReader(model)
     spec = model_spec(reader)
@@ -146,7 +149,7 @@ def anchor_memory(spec: ModelSpec, sizes: np.ndarray, n_tokens: int) -> Memory:
 
 
 def model_spec(reader: gguf.GGUFReader) -> ModelSpec:
-    from attnmem_local.model import fingerprint_norms, fingerprint_vocab
+    from attnmem_local.builder.model import fingerprint_norms, fingerprint_vocab
 
     architecture = reader.fields["general.architecture"].contents()
 

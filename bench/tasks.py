@@ -17,32 +17,32 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import click
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-
-from attnmem_local.budget import uniform_plan
-from attnmem_local.build import build_memory, fit_memory
-from attnmem_local.capture import prefill
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.memory import Memory
-from attnmem_local.prefix import Prefix
-from attnmem_local.progress import Progress
-from attnmem_local.tokenizer import GgufTokenizer
 from classify import N_TESTS, Case, Classifier, make_case
 from fidelity import versions
 from peers import presses
 from peers.attention_matching import matching_memory
 from peers.runtime import QUANTIZED
 from prefixes import DATA, builder
+from rich.console import Console
+from rich.table import Table
 from scoring import kv_bytes, record
+
+from attnmem_local.builder.budget import uniform_plan
+from attnmem_local.builder.build import build_memory, fit_memory
+from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.progress import Progress
+from attnmem_local.engine.tokenizer import GgufTokenizer
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.prefix import Prefix
 
 FULL, FULL_PYTORCH = "full prefix", "full prefix, PyTorch"
 N_MORE = 5120  # tokens of the prefix with traces before it

@@ -12,13 +12,13 @@ from dataclasses import replace
 from fractions import Fraction
 
 import click
-
-from attnmem_local.build import build_memory
-from attnmem_local.prefix import Prefix
-from attnmem_local.progress import Progress
-from attnmem_local.update import update_memory
 from prefixes import CASES, FULL, builder
 from scoring import report, score_memory
+
+from attnmem_local.builder.build import build_memory
+from attnmem_local.builder.progress import Progress
+from attnmem_local.builder.update import update_memory
+from attnmem_local.memory.prefix import Prefix
 
 PARTS = 4
 
@@ -48,7 +48,9 @@ def main(share: str, as_json: bool) -> None:
     timed("updated", lambda: update_memory(memories["old"], model, new, **options))
     timed("built anew in parts", lambda: build_memory(model, new, **size, **options))
     scored = replace(case, prefix=new)
-    rows = [{"memory": name, "seconds": seconds[name], **score_memory(scored, memory, "update")} for name, memory in memories.items()]
+    rows = [
+        {"memory": name, "seconds": seconds[name], **score_memory(scored, memory, "update")} for name, memory in memories.items()
+    ]
     report(rows, as_json, share=share)
 
 

@@ -2,21 +2,18 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from answers import ask, open_llama
-from tiny import write_tiny
+from helpers.answers import ask, open_llama
+from helpers.models import Tiny, save_exact
+from helpers.paths import SERVER_README
 
-from attnmem_local.budget import uniform_plan
-from attnmem_local.build import exact_memory, fit_memory
-from attnmem_local.capture import prefill
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.dequantize import write_f32
-from attnmem_local.model import load_model
-from attnmem_local.prefix import Prefix
-
-ROOT = Path(__file__).parents[1]
-README = ROOT / "build/tree/vendor/llama.cpp/tools/server/README.md"
+from attnmem_local.builder.budget import uniform_plan
+from attnmem_local.builder.build import fit_memory
+from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.model import load_model
+from attnmem_local.evaluate.dequantize import write_f32
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.prefix import Prefix
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,7 +45,7 @@ def default_build_model():
 
 @pytest.fixture(scope="session")
 def readme_tokens(default_build_model) -> list[int]:
-    return default_build_model.tokenizer.encode(README.read_text(encoding="utf-8"), add_bos=True)
+    return default_build_model.tokenizer.encode(SERVER_README.read_text(encoding="utf-8"), add_bos=True)
 
 
 @pytest.fixture(scope="session")
@@ -64,32 +61,6 @@ def real(default_build_model, readme_tokens, tmp_path_factory):
     return path, memory, windows[:2]
 
 
-class Tiny:
-    """A tiny random model with the keys and values of a random prefix."""
-
-    def __init__(self, folder: Path, architecture: str = "llama", head_dim: int = 16):
-        self.folder = folder
-        self.path = write_tiny(folder / f"{architecture}.gguf", DEFAULT_MODEL, architecture, head_dim=head_dim)
-        self.model = load_model(self.path)
-        tokens = np.random.default_rng(7).integers(300, 1024, 360).tolist()
-        self.prefix = Prefix(tokens[:240], self.model.tokenizer.decode(tokens[:240]))
-        self.live = tokens[240:]
-        self.kv = prefill(self.model, self.prefix.tokens)
-
-    def exact(self):
-        return exact_memory(self.model, self.prefix, self.kv)
-
-    def fitted(self, seed=0, **plan):
-        windows = np.random.default_rng(8).integers(300, 1024, (6, 96)).tolist()
-        plan = uniform_plan(self.model.spec, **({"entries": 64} | plan))
-        return fit_memory(self.model, self.prefix, self.kv, windows, plan, seed=seed)
-
-    def save(self, memory, name: str) -> Path:
-        path = self.folder / f"{name}.mem.gguf"
-        memory.save(path)
-        return path
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     return Tiny(tmp_path_factory.mktemp("tiny"))
@@ -99,14 +70,6 @@ def tiny(tmp_path_factory) -> Tiny:
 def tiny32(tmp_path_factory) -> Tiny:
     """With heads wide enough for a block of Q8_0."""
     return Tiny(tmp_path_factory.mktemp("tiny32"), head_dim=32)
-
-
-def save_exact(tiny, name: str, bias: float = 0.0) -> Path:
-    """An exact memory, whose keys weigh more or less than those of the prefix."""
-    memory = tiny.exact()
-    for layer in memory.layers[0].values():
-        layer.anchor.bias = layer.anchor.bias + np.float32(bias)
-    return tiny.save(memory, name)
 
 
 @pytest.fixture(scope="session")

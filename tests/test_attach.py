@@ -5,11 +5,11 @@ from itertools import count
 import llama_cpp
 import numpy as np
 import pytest
-from answers import N_NEW, ask, open_llama
-from interrupt import Interrupt
+from helpers.answers import N_NEW, ask, open_llama
+from helpers.interrupt import Interrupt
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from attnmem_local import errors
+from attnmem_local.memory import errors
 
 
 def answer_of(answers, llama):
@@ -125,7 +125,9 @@ def test_attaching_clears_every_sequence(tiny, one, monkeypatch):
     assert last() == [-1, -1] and llama.n_tokens == 0
 
 
-@pytest.mark.parametrize("options", [{"draft_model": LlamaPromptLookupDecoding(num_pred_tokens=4)}, {"logits_all": True}, {"n_batch": 7}])
+@pytest.mark.parametrize(
+    "options", [{"draft_model": LlamaPromptLookupDecoding(num_pred_tokens=4)}, {"logits_all": True}, {"n_batch": 7}]
+)
 def test_options_of_llama_change_no_answer(tiny, one, answers, options):
     llama = open_llama(tiny, one, **options)
     for _ in range(2):

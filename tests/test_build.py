@@ -9,19 +9,19 @@ import pytest
 import torch
 import transformers
 
-from attnmem_local import errors
-from attnmem_local.build import HELD_OUT, build_memory, study_shape
-from attnmem_local.capture import prefill
-from attnmem_local.entries.centroid import cluster, mean_state
-from attnmem_local.memory import Memory
-from attnmem_local.model import load_model
-from attnmem_local.live import drop_prefix, with_prefix_messages
-from attnmem_local.prefix import chat_prefix
-from attnmem_local.progress import Progress
-from attnmem_local.queries.repeat_prefill import repeat_prefill
-from attnmem_local.queries.self_study import self_study
-from attnmem_local.queries.traces import read_traces, traces
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.builder.build import HELD_OUT, build_memory, study_shape
+from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.entries.centroid import cluster, mean_state
+from attnmem_local.builder.model import load_model
+from attnmem_local.builder.progress import Progress
+from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
+from attnmem_local.builder.sources.self_study import self_study
+from attnmem_local.builder.sources.traces import read_traces, traces
+from attnmem_local.memory import errors
+from attnmem_local.memory.memory import Memory
+from attnmem_local.prompt.live import drop_prefix, with_prefix_messages
+from attnmem_local.prompt.prefix import chat_prefix
+from attnmem_local.runtime.llama import MemoryLlama
 
 SYSTEM = [{"role": "system", "content": "You sell tea. Green tea is 4 euros, black tea is 3."}]
 
@@ -59,13 +59,15 @@ def test_build_from_chat_messages(tiny, tmp_path):
     assert memory.build["queries"] == "repeat, self-study"
     assert memory.nbytes() < 0.55 * memory.kv_bytes()
     assert memory.fidelity["kl_mean"] < memory.fidelity["kl_none"]
-    answer = MemoryLlama(str(tiny.path), memory=out, verbose=False).create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=2)
+    answer = MemoryLlama(str(tiny.path), memory=out, verbose=False).create_chat_completion(
+        [{"role": "user", "content": "Hi"}], max_tokens=2
+    )
     assert answer["choices"]
 
 
 def test_metrics_and_states(tiny):
     """Both metrics and both states give a memory that stands for its prefix better than nothing does."""
-    from attnmem_local.evaluate import fidelity
+    from attnmem_local.evaluate.fidelity import fidelity
 
     for options in ({"metric": "l2", "state": "exact"}, {"metric": "l2", "state": "mean"}, {"metric": "cosine", "state": "mean"}):
         path = tiny.save(tiny.fitted(entries=128, **options), "options")

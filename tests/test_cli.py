@@ -8,12 +8,12 @@ import sys
 import click
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from helpers.paths import ROOT
 from test_runtime import chat_memory
 
-import attnmem_local.build
+import attnmem_local.builder.build
 from attnmem_local.cli import main
-from attnmem_local.cli.common import DEFAULT_MODEL, Number
+from attnmem_local.library import DEFAULT_MODEL, Number
 
 HANDBOOK = "Our shop sells tea. Green tea costs 4 euros, black tea costs 3 euros. We open at nine and close at six. " * 3
 
@@ -30,7 +30,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "handbook.md").write_text(HANDBOOK)
     (folder / "chat.json").write_text(json.dumps([{"role": "system", "content": HANDBOOK}]))
-    rows = [{"text": "Green tea is the best seller of the shop. " * 6}, {"messages": [{"role": "user", "content": "How much is black tea?"}, {"role": "assistant", "content": "3 euros."}]}]
+    rows = [
+        {"text": "Green tea is the best seller of the shop. " * 6},
+        {"messages": [{"role": "user", "content": "How much is black tea?"}, {"role": "assistant", "content": "3 euros."}]},
+    ]
     (folder / "traces.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "heldout.txt").write_text("When does the shop open? The shop opens at nine. " * 4)
     return folder
@@ -40,7 +43,9 @@ def folder(tmp_path_factory):
 def memory(folder):
     """A memory of a chat, built by the command."""
     out = folder / "chat.mem.gguf"
-    printed = attnmem("build", "default", folder / "chat.json", "-o", out, "-q", folder / "traces.jsonl", "-q", "repeat", "--share", "1/4")
+    printed = attnmem(
+        "build", "default", folder / "chat.json", "-o", out, "-q", folder / "traces.jsonl", "-q", "repeat", "--share", "1/4"
+    )
     assert "KV cache of the prefix" in printed and "fit" in printed
     assert list(folder.glob("*.part")) == []
     return out
@@ -65,7 +70,9 @@ def test_run_and_chat(memory):
 
 def test_the_program_itself(memory):
     program = [sys.executable, "-c", "from attnmem_local.cli import main; main()"]
-    done = subprocess.run([*program, "run", "default", "-m", str(memory), "-n", "3", "Count to 100."], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*program, "run", "default", "-m", str(memory), "-n", "3", "Count to 100."], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0 and done.stdout.strip() and "Traceback" not in done.stderr
     assert "the answer was cut" in done.stderr  # an answer in the middle of a sentence says why
 
@@ -93,8 +100,8 @@ def test_a_memory_of_text_continues_it(folder):
 @pytest.fixture
 def no_work(monkeypatch):
     """Fails a test whose command begins the work."""
-    monkeypatch.setattr(attnmem_local.build, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr("attnmem_local.runtime.MemoryLlama.__init__", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(attnmem_local.builder.build, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("attnmem_local.runtime.llama.MemoryLlama.__init__", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -170,5 +177,5 @@ def test_what_is_no_share(text):
 
 
 def test_loading_a_model_shows_no_bars_of_others(tiny, capfd):
-    attnmem_local.build.load_model(tiny.path)
+    attnmem_local.builder.build.load_model(tiny.path)
     assert capfd.readouterr() == ("", "")

@@ -6,16 +6,17 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from conftest import Tiny
+from helpers.models import Tiny
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
-from attnmem_local import errors, native
-from attnmem_local.build import exact_memory
-from attnmem_local.capture import prefill
+from attnmem_local.builder.build import exact_memory
+from attnmem_local.builder.capture import prefill
 from attnmem_local.cli.common import KV_TYPES
-from attnmem_local.evaluate import Scorer, kl, log_softmax
-from attnmem_local.prefix import Prefix
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.engine import native
+from attnmem_local.evaluate.scorer import Scorer, kl, log_softmax
+from attnmem_local.memory import errors
+from attnmem_local.memory.prefix import Prefix
+from attnmem_local.runtime.llama import MemoryLlama
 
 
 def cache(kind: str, flash_attn: bool = True) -> dict:
@@ -36,12 +37,21 @@ def test_a_memory_with_a_quantized_cache_is_as_exact_as_the_prefix(head_dim, tmp
     memory = tiny.save(tiny.exact(), "exact")
     reference = log_probs(tiny.path, tiny.prefix.tokens, tiny.live, **cache("f32", flash_attn=False))
     keys_alone = {"type_k": KV_TYPES["q8_0"], "flash_attn": False}
-    for options in (cache("q8_0"), cache("q4_0"), cache("q8_0") | {"n_batch": 1}, keys_alone, cache("bf16"), cache("bf16", flash_attn=False)):
+    for options in (
+        cache("q8_0"),
+        cache("q4_0"),
+        cache("q8_0") | {"n_batch": 1},
+        keys_alone,
+        cache("bf16"),
+        cache("bf16", flash_attn=False),
+    ):
         prefix_error = kl(reference, log_probs(tiny.path, tiny.prefix.tokens, tiny.live, **options)).mean()
         assert kl(reference, log_probs(tiny.path, [], tiny.live, memory=memory, **options)).mean() < 1.5 * prefix_error < 0.1
 
 
-def test_a_memory_of_a_real_model_with_a_quantized_cache_is_as_exact_as_the_prefix(default_model, default_build_model, readme_tokens, tmp_path):
+def test_a_memory_of_a_real_model_with_a_quantized_cache_is_as_exact_as_the_prefix(
+    default_model, default_build_model, readme_tokens, tmp_path
+):
     prefix, live = readme_tokens[:256], readme_tokens[256:352]
     memory = tmp_path / "exact.mem.gguf"
     exact_memory(default_build_model, Prefix(prefix, ""), prefill(default_build_model, prefix)).save(memory)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from attnmem_local.evaluate import Scorer, exactness, kl
+from attnmem_local.evaluate.exactness import exactness
+from attnmem_local.evaluate.scorer import Scorer, kl
 
 
 def test_exact_memory_of_a_real_prefix(f32_model, readme_tokens):
@@ -15,7 +16,7 @@ def test_exact_memory_of_a_real_prefix(f32_model, readme_tokens):
 # llama interleaves RoPE pairs in GGUF, the others do not; qwen2 has biases, qwen3 norms on q and k
 @pytest.mark.parametrize("architecture, head_dim", [("llama", 16), ("qwen2", 16), ("qwen3", 128)])
 def test_exact_memory_of_each_layout(architecture, head_dim, tmp_path):
-    from conftest import Tiny
+    from helpers.models import Tiny
 
     tiny = Tiny(tmp_path, architecture, head_dim)
     full = Scorer(tiny.path, tiny.prefix.tokens).log_probs(tiny.live)

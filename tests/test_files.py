@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from attnmem_local.files import check_space, replace_file
-from attnmem_local.memory import Memory
+from attnmem_local.memory.files import check_space, replace_file
+from attnmem_local.memory.memory import Memory
 
 
 def save(path: Path, text: str) -> None:
@@ -23,7 +23,7 @@ def save(path: Path, text: str) -> None:
 
 def program(code: str, *arguments) -> subprocess.Popen:
     """Python that prints when it is about to wait for a line of its input."""
-    prelude = "import sys; from attnmem_local.files import replace_file\ndef wait(): print('waits', flush=True); sys.stdin.readline()\n"
+    prelude = "import sys; from attnmem_local.memory.files import replace_file\ndef wait(): print('waits', flush=True); sys.stdin.readline()\n"
     command = [sys.executable, "-c", prelude + code, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -124,7 +124,7 @@ def test_long_names_can_be_written(tmp_path):
 
 
 def test_a_full_disk_says_so_with_its_error_number(tiny, monkeypatch):
-    monkeypatch.setattr("attnmem_local.files.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("attnmem_local.memory.files.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="the disk has 0.0 MB left") as caught:
         tiny.exact().save(tiny.folder / "full.mem.gguf")
     assert caught.value.errno == errno.ENOSPC

@@ -6,27 +6,37 @@ import numpy as np
 import pytest
 import torch
 
-from attnmem_local import native
-from attnmem_local.budget import Curve, plan_for_bytes, split, uniform_plan
-from attnmem_local.build import build_memory, default_bytes, fit_memory
-from attnmem_local.capture import Live, Packed, PrefixKV, capture, prefill, spread
-from attnmem_local.check import held_out_fidelity
-from attnmem_local.entries import token
-from attnmem_local.entries.anchor import anchor_state, exact_anchors, fit_anchors, fit_best_anchors, matching_pursuit, rms_attention, tune
-from attnmem_local.entries.centroid import cluster
-from attnmem_local.entries.head import join_heads
-from attnmem_local.entries.residual import residual_entries
-from attnmem_local.entries.tangent import tangent_entries
-from attnmem_local.entries.target import Target
-from attnmem_local.entries.token_graph import token_graph
-from attnmem_local.evaluate import Scorer, kl
-from attnmem_local.memory import LayerMemory, Memory, rows
-from attnmem_local.model import BuildModel
-from attnmem_local.prefix import Prefix
-from attnmem_local.progress import Progress
-from attnmem_local.runtime import MemoryLlama
-from attnmem_local.sensitivity import measure, sensitivity
-from attnmem_local.state import exact_state
+from attnmem_local.builder.budget import Curve, plan_for_bytes, split, uniform_plan
+from attnmem_local.builder.build import build_memory, default_bytes, fit_memory
+from attnmem_local.builder.capture import Live, Packed, PrefixKV, capture, prefill, spread
+from attnmem_local.builder.entries import token
+from attnmem_local.builder.entries.anchor import (
+    anchor_state,
+    exact_anchors,
+    fit_anchors,
+    fit_best_anchors,
+    matching_pursuit,
+    rms_attention,
+    tune,
+)
+from attnmem_local.builder.entries.centroid import cluster
+from attnmem_local.builder.entries.head import join_heads
+from attnmem_local.builder.entries.residual import residual_entries
+from attnmem_local.builder.entries.tangent import tangent_entries
+from attnmem_local.builder.entries.target import Target
+from attnmem_local.builder.fidelity import held_out_fidelity
+from attnmem_local.builder.model import BuildModel
+from attnmem_local.builder.progress import Progress
+from attnmem_local.builder.search.token_graph import token_graph
+from attnmem_local.builder.sensitivity import measure, sensitivity
+from attnmem_local.builder.state import exact_state
+from attnmem_local.engine import native
+from attnmem_local.evaluate.scorer import Scorer, kl
+from attnmem_local.memory.entries import LayerMemory
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.prefix import Prefix
+from attnmem_local.memory.tables import rows
+from attnmem_local.runtime.llama import MemoryLlama
 
 WINDOWS = np.random.default_rng(8).integers(300, 1024, (6, 64)).tolist()
 
@@ -153,7 +163,9 @@ def test_sensitivity_predicts_the_kl_of_a_small_error(tiny):
         return target.o + delta, target.lse
 
     with torch.no_grad():
-        log_p, log_q = (Packed(tiny.kv, WINDOWS, visit).run(tiny.model).log_softmax(-1) for visit in (lambda layer, target: None, disturb))
+        log_p, log_q = (
+            Packed(tiny.kv, WINDOWS, visit).run(tiny.model).log_softmax(-1) for visit in (lambda layer, target: None, disturb)
+        )
     measured = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     e = noise["error"]
     predicted = 0.5 * g * float((e @ felt[layer, h] * e).sum(-1).mean())

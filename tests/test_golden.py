@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from test_parity import reference_states, relative_error
 
-from attnmem_local import native
-from attnmem_local.memory import KINDS, Memory
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.engine import native
+from attnmem_local.memory.entries import KINDS
+from attnmem_local.memory.memory import Memory
+from attnmem_local.runtime.llama import MemoryLlama
 
 GOLDEN = Path(__file__).parent / "golden"
 PATH = GOLDEN / "version-2.mem.gguf"  # for the model of the fixture tiny; all kinds, lists and graphs in layer 1

@@ -3,15 +3,17 @@
 import llama_cpp
 import numpy as np
 import pytest
-from conftest import Tiny
-from mixed import mixed_memory
+from helpers.mixed import mixed_memory
+from helpers.models import Tiny
 
 from attnmem_local.cli.common import KV_TYPES
-from attnmem_local.evaluate import Scorer, kl
+from attnmem_local.evaluate.scorer import Scorer, kl
 
 Q8_0 = KV_TYPES["q8_0"]
 
-pytestmark = pytest.mark.skipif(not llama_cpp.llama_supports_gpu_offload(), reason="no GPU, or built without it (./build.sh --cuda)")
+pytestmark = pytest.mark.skipif(
+    not llama_cpp.llama_supports_gpu_offload(), reason="no GPU, or built without it (./build.sh --cuda)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,9 @@ def tiny64(tmp_path_factory) -> Tiny:
 
 @pytest.mark.parametrize("n_batch", [1, 2, 16, 17, 64])  # matrix products have other kernels for few tokens
 @pytest.mark.parametrize(
-    "options", [{}, {"flash_attn": True}, {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}], ids=["", "flash", "flash-q8_0-cache"]
+    "options",
+    [{}, {"flash_attn": True}, {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}],
+    ids=["", "flash", "flash-q8_0-cache"],
 )
 def test_the_gpu_gives_what_the_cpu_gives(tiny64, options, n_batch):
     path = tiny64.save(mixed_memory(tiny64.model.spec, tiny64.prefix, q8_0=True, times=20), "large")

@@ -6,10 +6,10 @@ import shutil
 
 import llama_cpp
 import pytest
-from answers import ask, open_llama
-from interrupt import Interrupt
+from helpers.answers import ask, open_llama
+from helpers.interrupt import Interrupt
 
-from attnmem_local import errors
+from attnmem_local.memory import errors
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))])

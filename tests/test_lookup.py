@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from attnmem_local import native
-from attnmem_local.capture import capture, prefill
-from attnmem_local.evaluate import fidelity
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.builder.capture import capture, prefill
+from attnmem_local.engine import native
+from attnmem_local.evaluate.fidelity import fidelity
+from attnmem_local.runtime.llama import MemoryLlama
 
 
 def live_queries(model, prefix_tokens, window):

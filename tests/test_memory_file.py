@@ -9,14 +9,16 @@ import gguf
 import numpy as np
 import pytest
 from fuzz.container import F32, I32, STRING, U8, U32, Value, array, parse, scalar, string, text
-from mixed import mixed_memory
-from tiny import write_tiny
+from helpers.mixed import mixed_memory
+from helpers.tiny import write_tiny
 
-from attnmem_local import errors, files, memory as memory_module
-from attnmem_local.build import build_memory
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.memory import FIDELITY, Memory, quantize_rows, rows
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.builder.build import build_memory
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory import errors, files, writer
+from attnmem_local.memory.format import FIDELITY
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.tables import quantize_rows, rows
+from attnmem_local.runtime.llama import MemoryLlama
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +342,7 @@ def test_token_outside_the_vocabulary(tiny, good, llama):
 
 
 def test_other_version(tiny, good, llama, monkeypatch):
-    monkeypatch.setattr(memory_module, "FORMAT_VERSION", 99)
+    monkeypatch.setattr(writer, "FORMAT_VERSION", 99)
     path = tiny.save(good, "version")
     monkeypatch.undo()
     refused_by_both(llama, path, errors.WrongVersion, "99")

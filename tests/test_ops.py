@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
-from conftest import ROOT
+from helpers.paths import ROOT
 
 LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
 
@@ -45,7 +45,14 @@ def test_the_same_on_the_gpu(program):
 
 def test_the_cuda_op_emulated(tmp_path):
     """The kernels of the CUDA op as threads that take turns on the CPU: every case in 25."""
-    options = ["-DEMULATED", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas",  # fibers jump between stacks
-               "-I", NATIVE / "cuda-emulation", "-I", GGML / "src"]
+    options = [
+        "-DEMULATED",
+        "-U_FORTIFY_SOURCE",
+        "-Wno-unknown-pragmas",  # fibers jump between stacks
+        "-I",
+        NATIVE / "cuda-emulation",
+        "-I",
+        GGML / "src",
+    ]
     done = subprocess.run([compiled(tmp_path / "emulated", *options), "gpu", "25"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

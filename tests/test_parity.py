@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from mixed import mixed_memory, random_queries
+from helpers.mixed import mixed_memory, random_queries
 
-from attnmem_local import native
-from attnmem_local.evaluate import Scorer, kl, log_softmax
-from attnmem_local.memory import Memory, rows
-from attnmem_local.reference import memory_session, memory_state
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.builder.memory_state import memory_session, memory_state
+from attnmem_local.engine import native
+from attnmem_local.evaluate.scorer import Scorer, kl, log_softmax
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.tables import rows
+from attnmem_local.runtime.llama import MemoryLlama
 
 
 def reference_states(memory, layer, q):

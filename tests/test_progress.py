@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from attnmem_local import progress
+from attnmem_local.builder import progress
 
 
 def test_a_log_shows_a_line_now_and_then(monkeypatch):

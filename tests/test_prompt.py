@@ -7,23 +7,24 @@ from dataclasses import replace
 import llama_cpp
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
-from tiny import write_tiny
+from helpers.paths import ROOT
+from helpers.tiny import write_tiny
 
-from attnmem_local import errors
-from attnmem_local import template as template_module
-from attnmem_local.build import exact_memory
-from attnmem_local.capture import prefill
-from attnmem_local.chat import parse_messages
+from attnmem_local.builder.build import exact_memory
+from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.sources.traces import traces
 from attnmem_local.cli import main
-from attnmem_local.cli.common import DEFAULT_MODEL
-from attnmem_local.live import live_chat
-from attnmem_local.memory import Memory
-from attnmem_local.prefix import Prefix, chat_prefix, held_back, read_prefix
-from attnmem_local.queries.traces import traces
-from attnmem_local.runtime import MemoryLlama
-from attnmem_local.template import ChatTemplate
-from attnmem_local.tokenizer import GgufTokenizer
+from attnmem_local.engine import template as template_module
+from attnmem_local.engine.template import ChatTemplate
+from attnmem_local.engine.tokenizer import GgufTokenizer
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory import errors
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.messages import parse_messages
+from attnmem_local.memory.prefix import Prefix
+from attnmem_local.prompt.live import live_chat
+from attnmem_local.prompt.prefix import chat_prefix, held_back, read_prefix
+from attnmem_local.runtime.llama import MemoryLlama
 
 TEMPLATES = ROOT / "build/tree/vendor/llama.cpp/models/templates"
 HANDBOOK = "The desk opens at 9:00. A ticket costs 4 euro.\n"
@@ -47,9 +48,11 @@ CHATML = "{% for m in messages %}" + _CHATML + "{% endfor %}" + _ASK
 QWEN2 = (
     "{{ '<|im_start|>system\n' + (messages[0].content if messages[0].role == 'system' else 'You are Qwen.') }}"
     "{% if tools %}{{ '\n# Tools' }}{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
-    "{% for m in messages %}{% if m.role in ('user', 'tool') or (m.role == 'system' and not loop.first) %}" + _CHATML
+    "{% for m in messages %}{% if m.role in ('user', 'tool') or (m.role == 'system' and not loop.first) %}"
+    + _CHATML
     + "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% if m.content %}{{ m.content }}{% endif %}"
-    "{% for call in m.tool_calls %}{{ '<tool_call>' + call.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}" + _ASK
+    "{% for call in m.tool_calls %}{{ '<tool_call>' + call.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    + _ASK
 )
 MISTRAL = (  # the system message stands in the user's last one
     "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
@@ -68,7 +71,9 @@ DATE = (
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate user/assistant') }}{% endif %}"
-    + _CHATML + "{% endfor %}" + _ASK
+    + _CHATML
+    + "{% endfor %}"
+    + _ASK
 )
 
 
@@ -174,7 +179,13 @@ def test_answers_to_a_chat_are_those_of_the_full_prompt(files):
     llama = files.llama(chat_prefix(files.tiny.model.tokenizer, [SYSTEM]), logits_all=True)
     shared = {"max_tokens": 12, "temperature": 0, "seed": 1}
     choice = {"tools": [HOURS], "tool_choice": {"type": "function", "function": {"name": "hours"}}}
-    for options in ({}, {"response_format": {"type": "json_object"}}, {"logprobs": True, "top_logprobs": 2}, {"stop": ["e"]}, choice):
+    for options in (
+        {},
+        {"response_format": {"type": "json_object"}},
+        {"logprobs": True, "top_logprobs": 2},
+        {"stop": ["e"]},
+        choice,
+    ):
         expected, answer = (model.create_chat_completion(messages, **shared, **options)["choices"][0] for model in (plain, llama))
         expected_logprobs, logprobs = expected.pop("logprobs"), answer.pop("logprobs")
         for call in [*expected["message"].get("tool_calls", []), *answer["message"].get("tool_calls", [])]:
@@ -240,7 +251,9 @@ def test_an_empty_prompt_goes_on_where_the_text_ends(tiny, tmp_path):
     text = "We sell tea. Green tea costs 4 euros, and black tea costs\n"
     (tmp_path / "a.txt").write_text(text)
     tokens = tiny.model.tokenizer.encode(text, add_bos=True)
-    expected = MemoryLlama(str(tiny.path), verbose=False).create_completion(tokens, max_tokens=8, temperature=0)["choices"][0]["text"]
+    expected = MemoryLlama(str(tiny.path), verbose=False).create_completion(tokens, max_tokens=8, temperature=0)["choices"][0][
+        "text"
+    ]
     prefix = read_prefix(tiny.model.tokenizer, [tmp_path / "a.txt"])
     exact_memory(tiny.model, prefix, prefill(tiny.model, prefix.tokens)).save(tmp_path / "a.mem.gguf")
     llama = MemoryLlama(str(tiny.path), memory=tmp_path / "a.mem.gguf", verbose=False)
@@ -274,12 +287,15 @@ def test_echo_shows_the_prompt(files):
 # messages
 
 
-@pytest.mark.parametrize("messages, says", [
-    ([{"role": "System", "content": HANDBOOK}], "does not write message 1, with the role 'System'"),
-    ([SYSTEM, {"role": "critic", "content": "x"}], "message 2, with the role 'critic'"),
-    ([], "empty"),
-    ([{"role": "system", "content": ""}], "empty"),
-])
+@pytest.mark.parametrize(
+    "messages, says",
+    [
+        ([{"role": "System", "content": HANDBOOK}], "does not write message 1, with the role 'System'"),
+        ([SYSTEM, {"role": "critic", "content": "x"}], "message 2, with the role 'critic'"),
+        ([], "empty"),
+        ([{"role": "system", "content": ""}], "empty"),
+    ],
+)
 def test_a_message_that_the_template_leaves_out_is_refused(qwen2, messages, says):
     with pytest.raises(ValueError, match=says):
         chat_prefix(qwen2, messages)
@@ -323,17 +339,20 @@ def test_a_tool_call_without_content(default, qwen2, caplog):
     assert "does not write the tool calls of message 2" in caplog.text
 
 
-@pytest.mark.parametrize("message, says", [
-    ({"content": "Hi"}, "message 1 has no role"),
-    ({"role": None, "content": "Hi"}, "message 1 has no role"),
-    ({"role": "user"}, "with the role 'user', has no content"),
-    ({"role": "user", "content": 5}, "content that is a number"),
-    ({"role": "user", "content": {"text": "Hi"}}, "content that is an object"),
-    ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "part of the type 'image_url'"),
-    ({"role": "user", "content": ["Hi"]}, "a part that is text"),
-    ({"role": "user", "content": "\ud800"}, r"half a character, '\\ud800'"),
-    ("Hi", "message 1 is text"),
-])
+@pytest.mark.parametrize(
+    "message, says",
+    [
+        ({"content": "Hi"}, "message 1 has no role"),
+        ({"role": None, "content": "Hi"}, "message 1 has no role"),
+        ({"role": "user"}, "with the role 'user', has no content"),
+        ({"role": "user", "content": 5}, "content that is a number"),
+        ({"role": "user", "content": {"text": "Hi"}}, "content that is an object"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "part of the type 'image_url'"),
+        ({"role": "user", "content": ["Hi"]}, "a part that is text"),
+        ({"role": "user", "content": "\ud800"}, r"half a character, '\\ud800'"),
+        ("Hi", "message 1 is text"),
+    ],
+)
 def test_a_message_that_is_none_is_one_clear_error(default, message, says):
     prefix = chat_prefix(default, [SYSTEM])
     for act in (
@@ -372,15 +391,26 @@ def test_a_question_that_is_also_an_example_is_asked(default):
     assert default.decode(live_chat(default, prefix, EXAMPLES[:1])).startswith("user\n2+2")
 
 
-@pytest.mark.parametrize("own, live, says", [
-    (
-        [SYSTEM],
-        [{"role": "system", "content": HANDBOOK.replace("4", "5")}, HI],
-        "another one: the memory has '… A ticket costs 4 euro.*the chat '… A ticket costs 5 euro.*leave it out",
-    ),
-    ([SYSTEM, *EXAMPLES], [SYSTEM, {"role": "system", "content": "Be brief."}, HI], "another one: the chat goes on with 'Be brief.'"),
-    (EXAMPLES, [SYSTEM, HI], "system message, 'The desk.*the memory holds none.*role 'user', '2\\+2'.*leave the system message out"),
-])
+@pytest.mark.parametrize(
+    "own, live, says",
+    [
+        (
+            [SYSTEM],
+            [{"role": "system", "content": HANDBOOK.replace("4", "5")}, HI],
+            "another one: the memory has '… A ticket costs 4 euro.*the chat '… A ticket costs 5 euro.*leave it out",
+        ),
+        (
+            [SYSTEM, *EXAMPLES],
+            [SYSTEM, {"role": "system", "content": "Be brief."}, HI],
+            "another one: the chat goes on with 'Be brief.'",
+        ),
+        (
+            EXAMPLES,
+            [SYSTEM, HI],
+            "system message, 'The desk.*the memory holds none.*role 'user', '2\\+2'.*leave the system message out",
+        ),
+    ],
+)
 def test_a_chat_with_another_system_message_says_so(default, own, live, says):
     with pytest.raises(errors.PrefixMismatch, match=says):
         live_chat(default, chat_prefix(default, own), live)
@@ -388,7 +418,9 @@ def test_a_chat_with_another_system_message_says_so(default, own, live, says):
 
 def test_another_template_is_told_from_another_text(default):
     prefix = chat_prefix(default, [SYSTEM])
-    with pytest.raises(errors.PrefixMismatch, match="chat template differs.*memory has '<|im_start|>system.*the chat 'SYSTEM: The desk"):
+    with pytest.raises(
+        errors.PrefixMismatch, match="chat template differs.*memory has '<|im_start|>system.*the chat 'SYSTEM: The desk"
+    ):
         live_chat(WithTemplate(PLAIN), prefix, [HI])
 
 
@@ -410,13 +442,18 @@ def test_a_template_that_moves_the_system_message_is_refused_and_the_way_out_wor
         tokenizer = WithTemplate(source)
         prefix = chat_prefix(tokenizer, messages)
         for chat in ([HI], [HI, OK, HI]):
-            assert prefix.text + tokenizer.decode(live_chat(tokenizer, prefix, chat)) == tokenizer.template.render([*messages, *chat])
+            assert prefix.text + tokenizer.decode(live_chat(tokenizer, prefix, chat)) == tokenizer.template.render(
+                [*messages, *chat]
+            )
 
 
-@pytest.mark.parametrize("name", [
-    *("Qwen-Qwen3-0.6B", "Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.2-3B-Instruct", "openai-gpt-oss-120b"),
-    *("mistralai-Mistral-Nemo-Instruct-2407", "google-gemma-2-2b-it"),
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Qwen-Qwen3-0.6B", "Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.2-3B-Instruct", "openai-gpt-oss-120b"),
+        *("mistralai-Mistral-Nemo-Instruct-2407", "google-gemma-2-2b-it"),
+    ],
+)
 def test_chats_of_real_models_go_on(name):
     """Templates that llama.cpp has for its own tests; the last two take a document in place of a system message."""
     tokenizer = WithTemplate((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
@@ -499,7 +536,9 @@ def test_tools_are_part_of_a_prefix(files, qwen2):
     choice = {"type": "function", "function": {"name": "hours"}}
     answer = llama.create_chat_completion([HI], tool_choice=choice, max_tokens=4)["choices"][0]
     assert answer["message"]["tool_calls"][0]["function"]["name"] == "hours"
-    with pytest.raises(errors.PrefixMismatch, match="tools differ: the memory was built with hours, the chat has prices.*leave them out"):
+    with pytest.raises(
+        errors.PrefixMismatch, match="tools differ: the memory was built with hours, the chat has prices.*leave them out"
+    ):
         llama.create_chat_completion([HI], tools=[PRICES])
     with pytest.raises(errors.PrefixMismatch, match="built with none, the chat has hours.*--tools"):
         live_chat(qwen2, chat_prefix(qwen2, [SYSTEM]), [HI], [HOURS])

@@ -9,9 +9,10 @@ import weakref
 
 import llama_cpp
 import pytest
-from answers import ask, open_llama
+from helpers.answers import ask, open_llama
 
-from attnmem_local import errors, native
+from attnmem_local.engine import native
+from attnmem_local.memory import errors
 
 
 def test_a_file_replaced_with_the_same_modification_time_is_loaded_again(tiny, one, two, answers, tmp_path):
@@ -105,7 +106,7 @@ def test_a_mapped_memory_answers_the_same(tiny, one, two, answers, tmp_path):
 
 
 def test_a_file_that_is_being_written_is_refused(tiny, one, tmp_path, monkeypatch):
-    from attnmem_local import loaded
+    from attnmem_local.runtime import loaded
 
     def read_and_change(path, mapped):
         content = read_content(path, mapped)

@@ -6,11 +6,12 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from attnmem_local import errors
-from attnmem_local.evaluate import Scorer, kl
-from attnmem_local.memory import MAX_SEGMENTS, LayerMemory
-from attnmem_local.prefix import chat_prefix
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.evaluate.scorer import Scorer, kl
+from attnmem_local.memory import errors
+from attnmem_local.memory.entries import LayerMemory
+from attnmem_local.memory.format import MAX_SEGMENTS
+from attnmem_local.prompt.prefix import chat_prefix
+from attnmem_local.runtime.llama import MemoryLlama
 
 SYSTEM = [{"role": "system", "content": "You are terse."}]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attnmem_local.sensitivity import cache_path, sensitivity
+from attnmem_local.builder.sensitivity import cache_path, sensitivity
 
 WINDOWS = np.random.default_rng(8).integers(300, 1024, (2, 12)).tolist()
 

@@ -4,14 +4,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnmem_local.state import causal_state, exact_state, merge
+from attnmem_local.builder.state import causal_state, exact_state, merge
 
 EMPTY = torch.zeros(3, 4, dtype=torch.float64), torch.full((3,), -torch.inf, dtype=torch.float64)
 
 
 def states(lse):
     return st.builds(
-        lambda seed, x: (torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), torch.tensor(x, dtype=torch.float64)),
+        lambda seed, x: (
+            torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),
+            torch.tensor(x, dtype=torch.float64),
+        ),
         st.integers(0, 2**31),
         st.lists(lse, min_size=3, max_size=3),
     )

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers.paths import ROOT
 
 STOCK = ROOT / "build/stock/bin"
 

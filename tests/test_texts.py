@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from attnmem_local.queries.traces import read_traces
-from attnmem_local.texts import read_text
+from attnmem_local.builder.sources.traces import read_traces
+from attnmem_local.prompt.texts import read_text
 
 TEXT = "The desk opens at 9:00. A café is on the first floor.\n" * 3
 
@@ -26,7 +26,13 @@ def test_the_same_text_from_unix_and_windows(write, data):
 
 @pytest.mark.parametrize(
     "encoding, named",
-    [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32"), ("latin-1", "line 1, byte 0xe9")],
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+        ("utf-32", "UTF-32"),
+        ("latin-1", "line 1, byte 0xe9"),
+    ],
 )
 def test_another_encoding_names_the_file_and_how_to_convert_it(write, encoding, named):
     path = write(TEXT.encode(encoding))

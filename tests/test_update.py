@@ -5,15 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mixed import mixed_memory, random_queries
+from helpers.mixed import mixed_memory, random_queries
 
-from attnmem_local.build import build_memory
-from attnmem_local.capture import prefill
-from attnmem_local.check import held_out_fidelity
-from attnmem_local.errors import WrongModel
-from attnmem_local.memory import Memory, rows
-from attnmem_local.prefix import Prefix, held_back, read_prefix
-from attnmem_local.update import _moved, unchanged, update_memory
+from attnmem_local.builder.build import build_memory
+from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.fidelity import held_out_fidelity
+from attnmem_local.builder.update import _moved, unchanged, update_memory
+from attnmem_local.memory.errors import WrongModel
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.prefix import Prefix
+from attnmem_local.memory.tables import rows
+from attnmem_local.prompt.prefix import held_back, read_prefix
 
 PARTS = ("Our shop sells tea. Green tea costs 4 euros.\n", "We open at nine.\n", "Black tea costs 3 euros, and milk is free.\n")
 
@@ -69,7 +71,10 @@ def test_lists_move_with_their_entries(tiny32):
     q_moved = model.to_gguf_order(model.rotate(model.from_gguf_order(q), -37)).numpy()
     for kind in ("centroid", "tangent", "residual"):
         before, after = getattr(layer, kind), getattr(moved, kind)
-        for a, b, atol in ((before.key, after.key, 0.05), (before.lists.key, after.lists.key, 1)):  # of up to 500; lists are in 8 bits
+        for a, b, atol in (
+            (before.key, after.key, 0.05),
+            (before.lists.key, after.lists.key, 1),
+        ):  # of up to 500; lists are in 8 bits
             np.testing.assert_allclose(q_moved @ rows(b).T, q.numpy() @ rows(a).T, atol=atol)
 
 

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import click
 
-from ..errors import MemoryRefused
+from ..memory.errors import BadInput, MemoryRefused
 from .common import say
 from .terminal import printable
 
 
-class TooLong(ValueError):
+class TooLong(BadInput):
     """A prompt does not fit into the context."""
 
 
 def open_llama(model: Path, memories: tuple[Path, ...], ctx: int, threads: int | None):
     """A MemoryLlama with memories attached. Errors name the file."""
-    from ..runtime import MemoryLlama
+    from ..runtime.llama import MemoryLlama
 
     try:
         llama = MemoryLlama(str(model), n_ctx=ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
     except ValueError as error:
         if "llama_context" in str(error):
-            raise ValueError(f"there is no room for a context of {ctx} tokens; choose a smaller --ctx") from None
-        raise ValueError(f"the model '{model}' cannot be loaded: it is damaged, or not known to this llama.cpp") from None
+            raise BadInput(f"there is no room for a context of {ctx} tokens; choose a smaller --ctx") from None
+        raise BadInput(f"the model '{model}' cannot be loaded: it is damaged, or not known to this llama.cpp") from None
     for path in memories:
         try:
             llama.attach(path)

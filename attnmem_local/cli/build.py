@@ -4,7 +4,18 @@ from pathlib import Path
 
 import click
 
-from .common import Number, build_model_argument, device_option, file_type, out_type, positive, print_seconds, queries_option, seed_option, tools_option
+from .common import (
+    Number,
+    build_model_argument,
+    device_option,
+    file_type,
+    out_type,
+    positive,
+    print_seconds,
+    queries_option,
+    seed_option,
+    tools_option,
+)
 
 
 @click.command()
@@ -28,8 +39,8 @@ def build(model: Path, prefix: tuple[Path, ...], out: Path | None, queries: tupl
 
     MODEL may also be a transformers directory. Each of several files can be changed later by `attnmem update`.
     """
-    from ..build import build_memory
-    from ..progress import Progress
+    from ..builder.build import build_memory
+    from ..builder.progress import Progress
     from .show import print_memory
 
     out = out or prefix[0].with_name(prefix[0].name + ".mem.gguf")

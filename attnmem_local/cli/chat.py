@@ -2,14 +2,15 @@
 
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import click
 
-from ..errors import MemoryRefused
-from ..texts import decode
+from ..memory.errors import AttnmemError, MemoryRefused
+from ..prompt.texts import decode
 from .answer import Answer, TooLong, open_llama
 from .common import ctx_option, memory_option, model_argument, say, temp_option, threads_option
 
@@ -127,7 +128,7 @@ class Conversation:
         except Exception as error:  # whatever it is, the conversation must not be lost
             self.llama.reset()
             self.failed = True
-            say(f"error: {error}" if isinstance(error, (OSError, ValueError)) else f"error: {type(error).__name__}: {error}")
+            say(f"error: {error}" if isinstance(error, (OSError, AttnmemError)) else f"error: {type(error).__name__}: {error}")
 
     def _answer(self, question: str) -> None:
         n_tokens = self._size(question)
@@ -138,7 +139,9 @@ class Conversation:
         with answer.stoppable() if self.on_terminal else nullcontext():
             while True:
                 try:
-                    answer.write(self.llama.create_chat_completion(self._messages(question), stream=True, temperature=self.temperature))
+                    answer.write(
+                        self.llama.create_chat_completion(self._messages(question), stream=True, temperature=self.temperature)
+                    )
                     break
                 except TooLong:
                     if not self.turns:
@@ -158,7 +161,9 @@ class Conversation:
         if n:
             del self.turns[:n]
             oldest = "turn is" if n == 1 else f"{n} turns are"
-            say(f"note: the context of {self.llama.n_ctx()} tokens is full, the oldest {oldest} forgotten; a larger --ctx keeps more")
+            say(
+                f"note: the context of {self.llama.n_ctx()} tokens is full, the oldest {oldest} forgotten; a larger --ctx keeps more"
+            )
 
     def _messages(self, question: str) -> list[dict]:
         said = [(t.question, t.answer) for t in self.turns]

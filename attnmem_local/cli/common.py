@@ -8,12 +8,13 @@ from pathlib import Path
 
 import click
 
-from ..chat import parse_tools
-from ..filekind import file_kind
-from ..texts import read_text
+from ..library import DEFAULT_MODEL
+from ..memory.errors import AttnmemError, BadInput
+from ..memory.filekind import file_kind
+from ..memory.messages import parse_tools
+from ..prompt.texts import read_text
 from .terminal import printable
 
-DEFAULT_MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 CTX_STEP = 256  # llama.cpp rounds the size of a context up to a multiple of it
 MAX_CTX = 2**24
 MAX_THREADS = 512  # of ggml
@@ -33,7 +34,7 @@ class Group(click.Group):
         except click.ClickException as error:
             error.message = printable(error.message)  # names of files are text from elsewhere, too
             raise
-        except (OSError, ValueError, OverflowError) as error:
+        except (OSError, AttnmemError) as error:
             text = str(error)
             if isinstance(error, OSError) and error.strerror:  # without the number
                 text = f"'{error.filename}': {error.strerror}" if error.filename else error.strerror
@@ -59,7 +60,7 @@ class _Tools(click.ParamType):
     def convert(self, value, param, context) -> list[dict]:
         try:
             return parse_tools(read_text(value))
-        except (OSError, ValueError) as error:
+        except (OSError, BadInput) as error:
             self.fail(f"'{value}': {error}", param, context)
 
 
@@ -120,9 +121,17 @@ file_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Pat
 out_type = click.Path(dir_okay=False, path_type=Path)
 positive = click.IntRange(1)
 memory_option = click.option(
-    "-m", "--memory", "memories", multiple=True, required=True, type=memory_type, help="A memory to attach; may be given several times."
+    "-m",
+    "--memory",
+    "memories",
+    multiple=True,
+    required=True,
+    type=memory_type,
+    help="A memory to attach; may be given several times.",
 )
-threads_option = click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: half of the cores]")
+threads_option = click.option(
+    "-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: half of the cores]"
+)
 ctx_option = click.option(
     "-c",
     "--ctx",
@@ -134,7 +143,11 @@ ctx_option = click.option(
 )
 seed_option = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 device_option = click.option("--device", help="cpu or cuda.  [default: cuda when there is a GPU]")
-tools_option = click.option("--tools", type=_Tools(), help="A .json with the tools of the chat, as OpenAI clients send them; they become part of the prefix.")
+tools_option = click.option(
+    "--tools",
+    type=_Tools(),
+    help="A .json with the tools of the chat, as OpenAI clients send them; they become part of the prefix.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 queries_option = click.option(
     "-q",
@@ -153,7 +166,11 @@ def cache_options(command):
     """Adds --kv-type and --flash-attn; the command gets them as the options type_k, type_v and flash_attn of MemoryLlama."""
 
     @click.option("--kv-type", type=click.Choice(list(KV_TYPES)), help="Type of the KV cache of the live tokens.  [default: f16]")
-    @click.option("--flash-attn", type=click.Choice(("on", "off")), help="Flash attention.  [default: on with a quantized cache, which needs it]")
+    @click.option(
+        "--flash-attn",
+        type=click.Choice(("on", "off")),
+        help="Flash attention.  [default: on with a quantized cache, which needs it]",
+    )
     @functools.wraps(command)
     def wrapped(*args, kv_type: str | None, flash_attn: str | None, **options):
         if kv_type is not None:
@@ -177,7 +194,10 @@ def print_seconds(progress) -> None:
     """How long each stage took, and the most memory that the tensors took on GPUs."""
     import torch
 
-    click.echo(", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.seconds.items()) + f": {sum(progress.seconds.values()):.0f} s")
+    click.echo(
+        ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.seconds.items())
+        + f": {sum(progress.seconds.values()):.0f} s"
+    )
     if torch.cuda.is_available():
         peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
         click.echo(f"peak GPU memory {peak / 1e9:.1f} GB")

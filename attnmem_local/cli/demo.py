@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import DEFAULT_MODEL
+from ..library import DEFAULT_MODEL
 from .terminal import printable
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +29,11 @@ ANSWER_TOKENS = 48
 @click.command()
 def demo() -> None:
     """Build a memory of a real handbook, answer a question with it, and show what it saves."""
-    from ..build import build_memory
-    from ..evaluate import Scorer, kl
-    from ..live import live_chat
-    from ..progress import Progress
-    from ..tokenizer import GgufTokenizer
+    from ..builder.build import build_memory
+    from ..builder.progress import Progress
+    from ..engine.tokenizer import GgufTokenizer
+    from ..evaluate.scorer import Scorer, kl
+    from ..prompt.live import live_chat
 
     console = Console()
     text = HANDBOOK.read_text(encoding="utf-8")[:HANDBOOK_CHARACTERS]
@@ -44,10 +44,7 @@ def demo() -> None:
     console.print(f"built {MEMORY.relative_to(ROOT)} from the README of llama.cpp's server in {time.monotonic() - start:.0f} s\n")
 
     tokenizer = GgufTokenizer(DEFAULT_MODEL)
-    asked = {
-        question: live_chat(tokenizer, memory.prefix, [{"role": "user", "content": question}])
-        for question in QUESTIONS
-    }
+    asked = {question: live_chat(tokenizer, memory.prefix, [{"role": "user", "content": question}]) for question in QUESTIONS}
     runs = {"full prefix": {"prefix": memory.prefix_tokens}, "memory": {"memory": MEMORY}, "no prefix": {}}
     first_token: dict[str, float] = {}  # from nothing loaded: model, prefix or memory, question
     scorers = {}
@@ -75,7 +72,9 @@ def demo() -> None:
 
     table = Table("", *runs)
     table.add_row("prefix tokens in the context", str(len(memory.prefix_tokens)), "0", "0")
-    table.add_row("bytes for the prefix", f"{memory.kv_bytes() / 1e6:.1f} MB of KV", f"{memory.nbytes() / 1e6:.1f} MB of memory", "0")
+    table.add_row(
+        "bytes for the prefix", f"{memory.kv_bytes() / 1e6:.1f} MB of KV", f"{memory.nbytes() / 1e6:.1f} MB of memory", "0"
+    )
     table.add_row("time to first token", *(f"{first_token[name]:.2f} s" for name in runs))
     table.add_row("ms per token", *(f"{1000 * statistics.median(per_token[name]):.1f}" for name in runs))
     table.add_row("KL to the full prefix", *(f"{statistics.fmean(divergence[name]):.3f}" for name in runs))

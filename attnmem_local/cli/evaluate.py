@@ -7,6 +7,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ..memory.errors import BadInput
 from .common import cache_options, file_type, json_option, memory_type, model_argument, positive, threads_option
 
 
@@ -18,7 +19,14 @@ def evaluate() -> None:
 @evaluate.command()
 @model_argument
 @click.argument("prefix", type=file_type)
-@click.option("-n", "--tokens", type=positive, default=1000, show_default=True, help="Length of the prefix; the text after it is the live text.")
+@click.option(
+    "-n",
+    "--tokens",
+    type=positive,
+    default=1000,
+    show_default=True,
+    help="Length of the prefix; the text after it is the live text.",
+)
 @click.option("--live", type=positive, default=384, show_default=True, help="Length of the live text.")
 @cache_options
 @json_option
@@ -28,14 +36,14 @@ def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool, **op
     Exactness shows on a GGUF in F32. On a quantized model, or with a quantized cache, compare kl_mean with kl_floor: the error
     of the prefix itself when it is run with the same options.
     """
-    from ..evaluate import exactness
-    from ..progress import Progress
-    from ..texts import read_text
-    from ..tokenizer import GgufTokenizer
+    from ..builder.progress import Progress
+    from ..engine.tokenizer import GgufTokenizer
+    from ..evaluate.exactness import exactness
+    from ..prompt.texts import read_text
 
     text = GgufTokenizer(model).encode(read_text(prefix), add_bos=True)
     if len(text) < tokens + live:
-        raise ValueError(f"'{prefix}' has {len(text)} tokens, {tokens} + {live} are needed; lower --tokens or --live")
+        raise BadInput(f"'{prefix}' has {len(text)} tokens, {tokens} + {live} are needed; lower --tokens or --live")
     result = exactness(model, text[:tokens], text[tokens : tokens + live], progress=Progress(quiet=as_json), **options)
     _print(result, as_json)
 
@@ -49,18 +57,20 @@ def exact(model: Path, prefix: Path, tokens: int, live: int, as_json: bool, **op
 @threads_option
 @cache_options
 @json_option
-def fidelity(model: Path, memory: Path, text: Path, window: int, windows: int, threads: int | None, as_json: bool, **options) -> None:
+def fidelity(
+    model: Path, memory: Path, text: Path, window: int, windows: int, threads: int | None, as_json: bool, **options
+) -> None:
     """Score held-out TEXT with the full prefix, with MEMORY and with neither. TEXT is text or .jsonl, as for build."""
-    from ..evaluate import fidelity as measure
-    from ..memory import Memory
-    from ..tokenizer import GgufTokenizer
-    from ..queries.traces import read_traces, traces
+    from ..builder.sources.traces import read_traces, traces
+    from ..engine.tokenizer import GgufTokenizer
+    from ..evaluate.fidelity import fidelity as measure
+    from ..memory.memory import Memory
 
     loaded = Memory.load(memory)
     scored = traces(GgufTokenizer(model), loaded.prefix, read_traces(text), window)[:windows]
     scored = [w for w in scored if len(w) > 1]
     if not scored:
-        raise ValueError(f"'{text}' has no text to score")
+        raise BadInput(f"'{text}' has no text to score")
     _print(measure(model, memory, scored, n_threads=threads, **options), as_json)
 
 

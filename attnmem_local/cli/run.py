@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..texts import decode
+from ..prompt.texts import decode
 from .answer import Answer, open_llama
 from .common import ctx_option, memory_option, model_argument, positive, temp_option, threads_option
 

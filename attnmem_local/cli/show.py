@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..memory import KINDS, Memory
+from ..memory.entries import KINDS
+from ..memory.memory import Memory
 from .common import json_option, memory_type
 from .terminal import one_line
 

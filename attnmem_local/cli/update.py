@@ -4,7 +4,17 @@ from pathlib import Path
 
 import click
 
-from .common import build_model_argument, device_option, file_type, memory_type, out_type, print_seconds, queries_option, seed_option, tools_option
+from .common import (
+    build_model_argument,
+    device_option,
+    file_type,
+    memory_type,
+    out_type,
+    print_seconds,
+    queries_option,
+    seed_option,
+    tools_option,
+)
 
 
 @click.command()
@@ -21,8 +31,8 @@ def update(memory: Path, model: Path, prefix: tuple[Path, ...], out: Path | None
 
     PREFIX: all parts of the prefix, as `attnmem build` took them; parts may be changed, added and left out.
     """
-    from ..progress import Progress
-    from ..update import update_memory
+    from ..builder.progress import Progress
+    from ..builder.update import update_memory
     from .show import print_memory
 
     progress = Progress()

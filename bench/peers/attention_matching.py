@@ -8,11 +8,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-
-from attnmem_local.capture import capture, prefill
-from attnmem_local.memory import Entries, LayerMemory, Memory
 from prefixes import Case, builder, f32_model
 from scoring import kv_bytes, score
+
+from attnmem_local.builder.capture import capture, prefill
+from attnmem_local.memory.entries import Entries, LayerMemory
+from attnmem_local.memory.memory import Memory
 
 N_QUERIES = 8192  # per KV head, drawn from those of the build text
 RIDGE = 1e-3  # of the mean of the Gram diagonal, pulls the values to the original ones; by error on held-back build text

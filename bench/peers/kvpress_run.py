@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import transformers
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from labels import most_probable  # noqa: E402
+from labels import most_probable
 
 PRESSES = {
     "Knorm": kvpress.KnormPress,

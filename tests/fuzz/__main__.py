@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import click
-from conftest import Tiny
+from helpers.models import Tiny
 
 from .bases import base_memories
 from .run import SEED, fuzz
@@ -27,7 +27,9 @@ def main(files: int, first: int, seed: int, jobs: int, keep: Path | None, stop: 
         nonlocal said
         if time.monotonic() - said > 60:
             said = time.monotonic()
-            click.echo(f"{report.files} files, {len(report.failures)} failures, {report.files / report.seconds:.0f} files/s", err=True)
+            click.echo(
+                f"{report.files} files, {len(report.failures)} failures, {report.files / report.seconds:.0f} files/s", err=True
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         (small := Path(folder, "small")).mkdir()
@@ -38,7 +40,9 @@ def main(files: int, first: int, seed: int, jobs: int, keep: Path | None, stop: 
         click.echo(f"{stage:8} {outcome:16} {n:8}")
     for number, done, what in report.failures:
         click.echo(f"file {number}: {what!r}\n    after {done!r:.300}")
-    click.echo(f"{report.files} files of seed {seed}, {report.files / report.seconds:.0f} per second: {len(report.failures)} failures")
+    click.echo(
+        f"{report.files} files of seed {seed}, {report.files / report.seconds:.0f} per second: {len(report.failures)} failures"
+    )
     sys.exit(bool(report.failures))
 
 

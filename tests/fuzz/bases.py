@@ -4,11 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from conftest import Tiny
-from mixed import _layer, mixed_memory
-from tiny import N_VOCAB
+from helpers.mixed import _layer, mixed_memory
+from helpers.models import Tiny
+from helpers.tiny import N_VOCAB
 
-from attnmem_local.memory import LayerMemory, Memory, ModelSpec
+from attnmem_local.memory.entries import LayerMemory
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.spec import ModelSpec
 
 MESSAGES = [{"role": "system", "content": "Grüße\n"}]
 FIDELITY = {name: 0.5 for name in ("kl_mean", "kl_none", "top1", "nll_full", "nll_memory", "nll_none", "tokens")}

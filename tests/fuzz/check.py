@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from test_parity import reference_states
 
-from attnmem_local import native
-from attnmem_local.errors import MemoryRefused, Unsupported
-from attnmem_local.evaluate import Scorer
-from attnmem_local.memory import KINDS, Memory, _tensors, rows
-from attnmem_local.runtime import LoadedMemory
+from attnmem_local.engine import native
+from attnmem_local.evaluate.scorer import Scorer
+from attnmem_local.memory.entries import KINDS
+from attnmem_local.memory.errors import MemoryRefused, Unsupported
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.tables import rows
+from attnmem_local.memory.writer import _tensors
+from attnmem_local.runtime.loaded import LoadedMemory
 
 from .bases import Base
 
@@ -111,7 +114,9 @@ class Checker:
     def _check_states(self, memory: Memory, loaded: LoadedMemory, failures: list[str]) -> None:
         """The op against the reference, where a slightly other memory would give nearly the same states."""
         q = 2 * np.random.default_rng(3).standard_normal((4, memory.model.head_count, memory.model.key_length)).astype(np.float32)
-        for layer in sorted({il for layers in memory.layers for il, layer in layers.items() if any(len(e.key) for e in _entries(layer))}):
+        for layer in sorted(
+            {il for layers in memory.layers for il, layer in layers.items() if any(len(e.key) for e in _entries(layer))}
+        ):
             expected = reference_states(memory, layer, q)
             others = [reference_states(_jittered(memory, seed, 1e-4), layer, q) for seed in (0, 1)]
             stable = np.all([_close(other, expected) for other in others], axis=0)
@@ -119,7 +124,9 @@ class Checker:
             if not np.isfinite(states[..., :-1]).all():
                 failures.append(f"states of layer {layer} are not finite")
             elif not (_close(states, expected) | ~stable).all():
-                failures.append(f"states of layer {layer} differ from the reference by up to {np.abs(states - expected)[stable].max():.3g}")
+                failures.append(
+                    f"states of layer {layer} differ from the reference by up to {np.abs(states - expected)[stable].max():.3g}"
+                )
 
     def _is_near_tie(self, memory: Memory, base: Base, logits: np.ndarray) -> bool:
         """Whether memories that differ by rounding give other logits, too."""
@@ -190,7 +197,9 @@ def _jittered(memory: Memory, seed: int, size: float) -> Memory:
     rng = np.random.default_rng(seed)
 
     def entries(e):
-        noise = size * (np.abs(e.bias) + 4 * np.linalg.norm(rows(e.key).astype(np.float64), axis=-1)) * rng.standard_normal(len(e.bias))
+        noise = (
+            size * (np.abs(e.bias) + 4 * np.linalg.norm(rows(e.key).astype(np.float64), axis=-1)) * rng.standard_normal(len(e.bias))
+        )
         return replace(e, bias=np.clip(e.bias + noise, -1e15, 1e15).astype(np.float32))
 
     def layer(x):

@@ -6,8 +6,30 @@ import struct
 import numpy as np
 
 from .container import (
-    ARRAY, BOOL, F32, F64, I8, I16, I32, I64, STRING, TENSOR_F16, TENSOR_F32, TENSOR_I32, TENSOR_Q8_0, U8, U16, U32, U64,
-    Container, Tensor, Value, array, scalar, string, text,
+    ARRAY,
+    BOOL,
+    F32,
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    STRING,
+    TENSOR_F16,
+    TENSOR_F32,
+    TENSOR_I32,
+    TENSOR_Q8_0,
+    U8,
+    U16,
+    U32,
+    U64,
+    Container,
+    Tensor,
+    Value,
+    array,
+    scalar,
+    string,
+    text,
 )  # fmt: skip
 
 _DTYPES = {TENSOR_F32: np.float32, TENSOR_F16: np.float16, TENSOR_I32: np.int32}
@@ -54,7 +76,9 @@ def _pick(rng, options):
 
 
 def _number(rng) -> float:
-    return _pick(rng, (np.nan, np.inf, -np.inf, 0.0, -0.0, -1.0, 1e-45, 1e-30, 0.5, 7.0, 1e4, 9e14, 1.1e15, -1e20, 3e38, -3e38, 1e300))
+    return _pick(
+        rng, (np.nan, np.inf, -np.inf, 0.0, -0.0, -1.0, 1e-45, 1e-30, 0.5, 7.0, 1e4, 9e14, 1.1e15, -1e20, 3e38, -3e38, 1e300)
+    )
 
 
 def _integer(rng, near: int = 0) -> int:
@@ -64,7 +88,9 @@ def _integer(rng, near: int = 0) -> int:
 
 def _bad_text(rng, data: bytes) -> bytes:
     at = _pick(rng, (0, len(data), int(rng.integers(len(data) + 1))))
-    return _pick(rng, (data[:at] + _pick(rng, _BAD_TEXT) + data[at:], data[:at], b"", data.upper(), b"x" * 10_000, _pick(rng, _BAD_TEXT)))
+    return _pick(
+        rng, (data[:at] + _pick(rng, _BAD_TEXT) + data[at:], data[:at], b"", data.upper(), b"x" * 10_000, _pick(rng, _BAD_TEXT))
+    )
 
 
 def _value(rng) -> Value:

@@ -1,0 +1,1 @@
+"""From a prefix to a memory. Needs torch and transformers."""

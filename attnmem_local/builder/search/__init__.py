@@ -1,0 +1,1 @@
+"""Search structures over entries that are looked up: graphs and lists."""

@@ -1,0 +1,1 @@
+"""The binding to the patched llama.cpp, which the builder and the runtime both stand on."""

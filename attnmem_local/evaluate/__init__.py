@@ -1,0 +1,1 @@
+"""What a memory loses against the prefix that it stands for, measured in the llama.cpp runtime."""

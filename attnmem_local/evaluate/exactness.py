@@ -1,0 +1,90 @@
+"""The exact memory of a prefix against the prefix itself: the test that guards capture, layout, positions and merge."""
+
+import ctypes
+import os
+import tempfile
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import torch
+
+from ..builder.build import exact_memory
+from ..builder.capture import PrefixKV, prefill
+from ..builder.model import load_model
+from ..builder.progress import Progress
+from ..memory.prefix import Prefix
+from ..runtime.llama import MemoryLlama
+from .scorer import Scorer, kl
+
+F32 = 0  # ggml_type
+
+
+def exactness(
+    model_path: str | os.PathLike, tokens: list[int], live: list[int], *, n_greedy: int = 64, progress=None, **options
+) -> dict[str, float | bool]:
+    """The exact memory of a prefix (anchors = every key and value, bias 0) against the prefix itself.
+
+    tokens: the prefix. live: text after it. The memory is built twice: from keys and values captured by the
+    transformers builder, and from the KV cache of the runtime.
+    options: how the memory is run, such as type_k, type_v and flash_attn of MemoryLlama. The reference is always the full
+    prefix with an F16 cache, without flash attention.
+    Returns kl_builder, kl_runtime and their larger one kl_mean; kl_floor, the noise of the runtime on the same text: the
+    full prefix with these options (with none, with flash attention) against the reference; greedy_equal, whether both
+    memories give the n_greedy tokens of the reference.
+    """
+    progress = progress or Progress(quiet=True)
+    with progress.stage("load model"):
+        model = load_model(model_path)
+    prefix = Prefix(tokens, model.tokenizer.decode(tokens))
+    with progress.stage("prefill", len(tokens)) as step:
+        captured = {"builder": prefill(model, tokens, progress=step), "runtime": runtime_kv(model_path, model, tokens)}
+
+    with progress.stage("score"):
+        n_live = len(live) + n_greedy
+        full = Scorer(model_path, tokens, n_live=n_live)
+        expected, expected_tokens = full.log_probs(live), full.greedy(live, n_greedy)
+        full.close()
+        floor = Scorer(model_path, tokens, n_live=n_live, **(options or {"flash_attn": True}))
+        result = {"kl_floor": float(kl(expected, floor.log_probs(live)).mean())}
+        floor.close()
+        equal = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name, kv in captured.items():
+                path = Path(folder) / f"{name}.mem.gguf"
+                exact_memory(model, prefix, kv).save(path)
+                run = Scorer(model_path, memory=path, n_live=n_live, **options)
+                result[f"kl_{name}"] = float(kl(expected, run.log_probs(live)).mean())
+                equal.append(run.greedy(live, n_greedy) == expected_tokens)
+                run.close()
+    return {"kl_mean": max(result["kl_builder"], result["kl_runtime"]), **result, "greedy_equal": all(equal)}
+
+
+def runtime_kv(model_path: str | os.PathLike, model, tokens: list[int]):
+    """Keys and values of a prefix from llama.cpp's own F32 KV cache, moved to positions −P … −1."""
+    spec, n = model.spec, len(tokens)
+    llama = MemoryLlama(str(model_path), n_ctx=n, verbose=False, type_k=F32, type_v=F32)
+    llama.eval(tokens)
+    size = llama_cpp.llama_state_seq_get_size(llama.ctx, 0)
+    buffer = (ctypes.c_uint8 * size)()
+    llama_cpp.llama_state_seq_get_data(llama.ctx, buffer, size, 0)
+    llama.close()
+
+    # llama_kv_cache::state_write: all keys as [cell, head, d], then all values transposed to [head, d, cell]
+    data = memoryview(buffer).cast("B")
+    header = 4 + 4 + 4 + 4 + n * (4 + 4 + 4) + 4 + 4  # magic, sequence, streams, cells, positions, v_trans, layers
+    kv, at = PrefixKV(), header
+    for il in range(spec.block_count):
+        at += 4 + 8  # type, row size
+        k = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.key_length, at)
+        at += k.nbytes
+        k = torch.from_numpy(k.reshape(n, spec.head_count_kv, spec.key_length).swapaxes(0, 1).copy())
+        kv.k.append(model.rotate(model.from_gguf_order(k), -n).to(model.device_of(il)))
+    for il in range(spec.block_count):
+        at += 4 + 4 + 4  # type, element size, rows
+        v = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.value_length, at)
+        at += v.nbytes
+        v = v.reshape(spec.head_count_kv, spec.value_length, n).swapaxes(1, 2)
+        kv.v.append(torch.from_numpy(v.copy()).to(model.device_of(il)))
+    assert at == size, "the layout of llama_kv_cache::state_write has changed"
+    return kv

@@ -1,0 +1,1 @@
+"""What a memory is, and its file. Needs numpy and gguf only."""

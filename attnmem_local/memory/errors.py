@@ -1,0 +1,93 @@
+"""Refusals, one exception each. Whatever else is raised is an error of the program, and is never shown as bad input.
+
+Every message says what is wrong, what was expected, and what to do. The native loader names its reason before a colon,
+"<reason>: <explanation>"; the reason picks the exception.
+"""
+
+
+class AttnmemError(Exception):
+    """The base of all refusals."""
+
+
+class BadInput(AttnmemError, ValueError):
+    """A text, file, option or model cannot be used."""
+
+
+class OutOfRange(AttnmemError, OverflowError):
+    """A number does not fit into the type that the memory file stores it in."""
+
+
+class MemoryRefused(BadInput):
+    """A memory cannot be used."""
+
+    reason = "invalid"
+
+
+class Unreadable(MemoryRefused):
+    """The file cannot be opened."""
+
+    reason = "unreadable"
+
+
+class NotAMemory(MemoryRefused):
+    """The file is not an attention-state memory."""
+
+    reason = "not_a_memory"
+
+
+class Truncated(MemoryRefused):
+    """The file ends before its content does."""
+
+    reason = "truncated"
+
+
+class WrongVersion(MemoryRefused):
+    """The format version is not the one that this build reads."""
+
+    reason = "version"
+
+
+class Invalid(MemoryRefused):
+    """A field, offset, type, index or number in the file is out of bounds."""
+
+    reason = "invalid"
+
+
+class WrongModel(MemoryRefused):
+    """The memory was built for another model."""
+
+    reason = "wrong_model"
+
+
+class WrongFinetune(MemoryRefused):
+    """The memory was built for another fine-tune of the model."""
+
+    reason = "wrong_finetune"
+
+
+class Unsupported(MemoryRefused):
+    """The architecture, or an option of the context, cannot take a memory."""
+
+    reason = "unsupported"
+
+
+class PrefixMismatch(MemoryRefused):
+    """A prompt does not begin with the prefix that the memory stands for."""
+
+    reason = "prefix_mismatch"
+
+
+class StaleStream(MemoryRefused):
+    """A stream cannot go on: the memories or the live tokens it began with are gone."""
+
+    reason = "stale_stream"
+
+
+_BY_REASON = {cls.reason: cls for cls in MemoryRefused.__subclasses__()}
+
+
+def refusal(message: str) -> MemoryRefused:
+    """The exception for a message of the form "<reason>: <explanation>"."""
+    reason, _, explanation = message.partition(": ")
+    cls = _BY_REASON.get(reason)
+    return cls(explanation) if cls else MemoryRefused(message)

@@ -1,0 +1,65 @@
+"""The Memory: what stands for a prefix."""
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .content import read_content
+from .entries import LayerMemory
+from .files import check_space, replace_file
+from .parser import parse_memory
+from .prefix import Prefix
+from .spec import ModelSpec
+from .writer import tensors, write_memory
+
+
+@dataclass
+class Memory:
+    """An attention-state memory of one prefix."""
+
+    model: ModelSpec
+    prefix_tokens: list[int]
+    prefix_text: str
+    layers: list[dict[int, LayerMemory]]  # [segment][layer]
+    segment_offset: list[int]  # [n_segment + 1], segment s stands for prefix_tokens[segment_offset[s]:segment_offset[s + 1]]
+    prefix_messages: list[dict] | None = None  # chat messages that were rendered to the prefix
+    prefix_tools: list[dict] | None = None  # tools that were rendered with them
+    prefix_date: str | None = None  # ISO format; when, if the text of the prefix tells
+    token_top_k: int | None = None  # how many of the `token` entries a query attends; needed with any
+    build: dict[str, str | int | float] = field(default_factory=dict)  # how it was built
+    fidelity: dict[str, float] = field(default_factory=dict)  # what was measured when it was built
+
+    @property
+    def prefix(self) -> Prefix:
+        return Prefix(
+            self.prefix_tokens, self.prefix_text, self.prefix_messages, self.segment_offset, self.prefix_tools, self.prefix_date
+        )
+
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(array.nbytes for _, array in tensors(self))
+
+    def kv_bytes(self) -> int:
+        """Bytes of the F16 KV cache of the prefix that the memory replaces."""
+        return len(self.prefix_tokens) * self.model.kv_bytes_per_token()
+
+    def n_entries(self, kind: str) -> np.ndarray:
+        """Entries of a kind per segment, layer and KV head: int64 [n_segment, n_layer, n_head_kv]."""
+        n = np.zeros((len(self.layers), self.model.block_count, self.model.head_count_kv), dtype=np.int64)
+        for s, layers in enumerate(self.layers):
+            for il, layer in layers.items():
+                if (entries := getattr(layer, kind)) is not None:
+                    n[s, il] = np.diff(entries.offset)
+        return n
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file; the old one stays until the new one is whole. Raises OSError."""
+        check_space(path, self.nbytes())
+        with replace_file(path) as part:
+            write_memory(self, part)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Memory":
+        """Read and check a file. Raises a MemoryRefused that names what is wrong."""
+        return cls(**parse_memory(read_content(path)))

@@ -1,0 +1,77 @@
+"""Writes a Memory as a GGUF file."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+
+from .entries import KINDS
+from .format import ADAPTER_TYPE, FORMAT_VERSION, MODEL_KEYS
+from .gguf_file import ALIGNMENT
+from .tables import Q8_0
+
+if TYPE_CHECKING:
+    from .memory import Memory
+
+
+def write_memory(memory: "Memory", path: Path) -> None:
+    writer = gguf.GGUFWriter(path, memory.model.architecture)
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    writer.add_custom_alignment(ALIGNMENT)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", ADAPTER_TYPE)
+    writer.add_uint32("attnmem.version", FORMAT_VERSION)
+    for name, key in MODEL_KEYS.items():
+        if name != "architecture":  # written by GGUFWriter itself
+            value = getattr(memory.model, name)
+            add[type(value)](key, value)
+    writer.add_array("attnmem.prefix.tokens", [int(t) for t in memory.prefix_tokens])
+    writer.add_key_value(
+        "attnmem.prefix.text", memory.prefix_text, gguf.GGUFValueType.STRING
+    )  # add_string leaves out an empty text
+    if memory.prefix_messages is not None:
+        writer.add_string("attnmem.prefix.messages", json.dumps(memory.prefix_messages, ensure_ascii=False))
+    if memory.prefix_tools is not None:
+        writer.add_string("attnmem.prefix.tools", json.dumps(memory.prefix_tools, ensure_ascii=False))
+    if memory.prefix_date is not None:
+        writer.add_string("attnmem.prefix.date", memory.prefix_date)
+    writer.add_uint32("attnmem.segment.count", len(memory.layers))
+    writer.add_array("attnmem.segment.offset", [int(i) for i in memory.segment_offset])
+    if memory.token_top_k is not None:
+        writer.add_uint32("attnmem.token.top_k", memory.token_top_k)
+    is_measured = np.isfinite(list(memory.fidelity.values())).all()  # one token of live text has no perplexity
+    for group, values in (("build", memory.build), ("fidelity", memory.fidelity if is_measured else {})):
+        for name, value in values.items():
+            add[type(value)](f"attnmem.{group}.{name}", value)
+    for name, array in tensors(memory):
+        writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=Q8_0 if array.dtype == np.uint8 else None)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def tensors(memory: "Memory") -> Iterator[tuple[str, np.ndarray]]:
+    """Names and arrays of all tensors, in file order."""
+    for s, layers in enumerate(memory.layers):
+        for il, layer in sorted(layers.items()):
+            for kind in KINDS:
+                if (entries := getattr(layer, kind.name)) is None:
+                    continue
+                parts = {part: getattr(entries, part) for part in ("key", "bias", "value", "lse")}
+                parts["head"] = np.zeros((2 if entries.lists is None else 3, len(entries.offset)), dtype=entries.offset.dtype)
+                parts["head"][0] = entries.offset
+                if (lists := entries.lists) is not None:
+                    parts["head"][2] = lists.head
+                    parts |= {"list_key": lists.key, "list_bias": lists.bias, "list": lists.offset}
+                if (graph := entries.graph) is not None:
+                    parts["head"][1, :-1] = graph.entry
+                    parts |= {"link0": graph.link0, "link": graph.link, "upper": graph.upper}
+                for part, array in parts.items():
+                    if array is not None:
+                        yield f"seg.{s}.blk.{il}.{kind.name}.{part}", array

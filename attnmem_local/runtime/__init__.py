@@ -1,0 +1,1 @@
+"""From a memory to attention: memories attached to llama.cpp contexts."""

@@ -1,0 +1,13 @@
+"""Opening a tiny model and asking it something."""
+
+from attnmem_local.runtime.llama import MemoryLlama
+
+N_NEW = 12  # tokens of an answer
+
+
+def open_llama(tiny, memory=None, **options):
+    return MemoryLlama(str(tiny.path), memory=memory, verbose=False, **options)
+
+
+def ask(llama, tokens, **options):
+    return llama.create_completion(tokens, max_tokens=N_NEW, temperature=0, **options)["choices"][0]["text"]
