@@ -13,7 +13,8 @@ from test_runtime import chat_memory
 
 import attnmem_local.builder.build
 from attnmem_local.cli import main
-from attnmem_local.library import DEFAULT_MODEL, Number
+from attnmem_local.cli.common import Number
+from attnmem_local.library import DEFAULT_MODEL
 
 HANDBOOK = "Our shop sells tea. Green tea costs 4 euros, black tea costs 3 euros. We open at nine and close at six. " * 3
 
