@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ..builder.sources import DEFAULT_SOURCES, SOURCES
 from ..library import DEFAULT_MODEL
 from ..memory.errors import AttnmemError, BadInput
 from ..memory.filekind import file_kind
@@ -153,9 +154,10 @@ queries_option = click.option(
     "-q",
     "--queries",
     multiple=True,
-    default=("repeat", "self-study"),
+    default=DEFAULT_SOURCES,
     show_default=True,
-    help="Where queries come from: repeat, self-study, or a file of traces (text, or .jsonl with text or messages). May be given several times.",
+    help=f"Where queries come from: {', '.join(SOURCES)}, or a file of traces (text, or .jsonl with text or messages). "
+    "May be given several times.",
 )
 
 
