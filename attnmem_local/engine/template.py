@@ -2,6 +2,7 @@
 
 import copy
 from datetime import datetime
+from typing import Any
 
 import jinja2
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -44,8 +45,9 @@ class ChatTemplate:
     def _render(self, messages: list[dict], strftime_now, tools, add_generation_prompt: bool, options: dict) -> str:
         def text(content_of_none) -> str:
             formatter = copy.copy(self._formatter)  # nothing is shared between calls
-            formatter.strftime_now, formatter.add_generation_prompt = strftime_now, add_generation_prompt
-            given = [m if m["content"] is not None else {**m, "content": content_of_none} for m in messages]
+            formatter.strftime_now = strftime_now  # type: ignore[method-assign]
+            formatter.add_generation_prompt = add_generation_prompt
+            given: list[Any] = [m if m["content"] is not None else {**m, "content": content_of_none} for m in messages]
             try:
                 prompt = formatter(messages=given, tools=tools, **options).prompt
             except Exception as error:  # a template is a program: it can fail in any way

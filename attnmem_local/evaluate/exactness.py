@@ -2,8 +2,6 @@
 
 import ctypes
 import os
-import tempfile
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 
 from ..builder.build import exact_memory
 from ..builder.capture import PrefixKV, prefill
-from ..builder.model import load_model
+from ..builder.model import BuildModel, load_model
 from ..builder.progress import Progress
 from ..memory.prefix import Prefix
 from ..runtime.llama import MemoryLlama
@@ -44,23 +42,20 @@ def exactness(
         n_live = len(live) + n_greedy
         full = Scorer(model_path, tokens, n_live=n_live)
         expected, expected_tokens = full.log_probs(live), full.greedy(live, n_greedy)
-        full.close()
-        floor = Scorer(model_path, tokens, n_live=n_live, **(options or {"flash_attn": True}))
+        floor = Scorer(full, tokens, n_live=n_live, **(options or {"flash_attn": True}))
         result = {"kl_floor": float(kl(expected, floor.log_probs(live)).mean())}
         floor.close()
         equal = []
-        with tempfile.TemporaryDirectory() as folder:
-            for name, kv in captured.items():
-                path = Path(folder) / f"{name}.mem.gguf"
-                exact_memory(model, prefix, kv).save(path)
-                run = Scorer(model_path, memory=path, n_live=n_live, **options)
-                result[f"kl_{name}"] = float(kl(expected, run.log_probs(live)).mean())
-                equal.append(run.greedy(live, n_greedy) == expected_tokens)
-                run.close()
+        for name, kv in captured.items():
+            run = Scorer(full, memory=exact_memory(model, prefix, kv), n_live=n_live, **options)
+            result[f"kl_{name}"] = float(kl(expected, run.log_probs(live)).mean())
+            equal.append(run.greedy(live, n_greedy) == expected_tokens)
+            run.close()
+        full.close()
     return {"kl_mean": max(result["kl_builder"], result["kl_runtime"]), **result, "greedy_equal": all(equal)}
 
 
-def runtime_kv(model_path: str | os.PathLike, model, tokens: list[int]):
+def runtime_kv(model_path: str | os.PathLike, model: BuildModel, tokens: list[int]):
     """Keys and values of a prefix from llama.cpp's own F32 KV cache, moved to positions −P … −1."""
     spec, n = model.spec, len(tokens)
     llama = MemoryLlama(str(model_path), n_ctx=n, verbose=False, type_k=F32, type_v=F32)
@@ -78,8 +73,8 @@ def runtime_kv(model_path: str | os.PathLike, model, tokens: list[int]):
         at += 4 + 8  # type, row size
         k = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.key_length, at)
         at += k.nbytes
-        k = torch.from_numpy(k.reshape(n, spec.head_count_kv, spec.key_length).swapaxes(0, 1).copy())
-        kv.k.append(model.rotate(model.from_gguf_order(k), -n).to(model.device_of(il)))
+        k = k.reshape(n, spec.head_count_kv, spec.key_length).swapaxes(0, 1)
+        kv.k.append(model.rotate(model.from_gguf_order(torch.from_numpy(k.copy())), -n).to(model.device_of(il)))
     for il in range(spec.block_count):
         at += 4 + 4 + 4  # type, element size, rows
         v = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.value_length, at)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -9,12 +10,21 @@ from ..runtime.llama import MemoryLlama
 
 
 class Scorer:
-    """Log-probabilities of live text after a fixed context: a prefix, memories, both or none."""
+    """Log-probabilities of live text after a fixed context: a prefix, memories, both or none.
 
-    def __init__(self, model_path: str | os.PathLike, prefix: list[int] = (), n_live: int = 512, memory=(), **options):
+    model: a GGUF file, or another Scorer, whose weights this one uses, too; it has the options of that one if not given.
+    prefix: tokens that are run as such. memory, options: see MemoryLlama.
+    """
+
+    llama: MemoryLlama
+
+    def __init__(self, model: "str | os.PathLike | Scorer", prefix: Sequence[int] = (), n_live: int = 512, memory=(), **options):
         self.n_prefix = len(prefix)
         n_ctx = self.n_prefix + n_live
-        self.llama = MemoryLlama(str(model_path), memory=memory, n_ctx=n_ctx, verbose=False, **options)
+        if isinstance(model, Scorer):
+            self.llama = model.llama.new_context(memory=memory, n_ctx=n_ctx, **options)
+        else:
+            self.llama = MemoryLlama(str(model), memory=memory, n_ctx=n_ctx, verbose=False, **options)
         self.llama.eval(prefix)
 
     def log_probs(self, tokens: list[int]) -> np.ndarray:
@@ -38,7 +48,7 @@ class Scorer:
         """The n most likely tokens after live text, end of text or not."""
         return [token for token, _ in self.decode(tokens, n)]
 
-    def decode(self, tokens: list[int], n: int):
+    def decode(self, tokens: list[int], n: int) -> Iterator[tuple[int, float]]:
         """Yields n times the most likely next token and the seconds it took; the first includes the live text."""
         llama = self.llama
         start = time.perf_counter()

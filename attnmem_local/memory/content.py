@@ -27,8 +27,8 @@ def read_content(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
                 raise Unreadable(f"'{path}' is not a regular file")
             if mapped and status.st_size:
                 return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-            content = _aligned(status.st_size)
-            content = content[: f.readinto(memoryview(content))]
+            content = _empty(status.st_size)
+            content = content[: f.readinto(content.data)]
     except MemoryError:
         raise Unreadable(f"'{path}' does not fit into RAM") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
@@ -39,7 +39,14 @@ def read_content(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
     return content
 
 
-def _aligned(n: int) -> np.ndarray:
+def _empty(n: int) -> np.ndarray:
     """uint8 [n], beginning at a multiple of ALIGNMENT; numpy itself aligns to 16."""
     room = np.empty(n + ALIGNMENT, np.uint8)
     return room[-room.ctypes.data % ALIGNMENT :][:n]
+
+
+def aligned(data: memoryview) -> np.ndarray:
+    """A copy of some bytes that begins at a multiple of ALIGNMENT: uint8 [n], writable."""
+    content = _empty(len(data))
+    content[:] = data
+    return content

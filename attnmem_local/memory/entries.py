@@ -76,5 +76,10 @@ class LayerMemory:
 def reordered(entries: Entries, heads: list[np.ndarray]) -> Entries:
     """The entries of each head in another order; without lists and graph, which hold for one order."""
     order = np.concatenate([own + first for own, first in zip(heads, entries.offset)])
-    parts = {part: getattr(entries, part) for part in ("key", "bias", "value", "lse")}
-    return Entries(offset=entries.offset, **{part: None if array is None else array[order] for part, array in parts.items()})
+    return Entries(
+        key=entries.key[order],
+        bias=entries.bias[order],
+        value=entries.value[order],
+        offset=entries.offset,
+        lse=None if entries.lse is None else entries.lse[order],
+    )

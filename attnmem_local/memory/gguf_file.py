@@ -19,11 +19,11 @@ MAX_NAME = 64  # bytes, with a closing NUL
 MAX_DIMS = 4
 
 _SCALARS = {
-    0: ("u8", "B"), 1: ("i8", "b"), 2: ("u16", "H"), 3: ("i16", "h"), 4: ("u32", "I"), 5: ("i32", "i"), 6: ("f32", "f"), 7: ("bool", "?"),
-    10: ("u64", "Q"), 11: ("i64", "q"), 12: ("f64", "d"),
+    0: ("u8", "B"), 1: ("i8", "b"), 2: ("u16", "H"), 3: ("i16", "h"), 4: ("u32", "I"), 5: ("i32", "i"), 6: ("f32", "f"),
+    7: ("bool", "?"), 10: ("u64", "Q"), 11: ("i64", "q"), 12: ("f64", "d"),
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_TENSORS = {  # name, numbers in the file, values and bytes of a block
+_TENSORS: dict[int, tuple[str, np.dtype, int, int]] = {  # name, numbers in the file, values and bytes of a block
     0: ("f32", np.dtype("<f4"), 1, 4),
     1: ("f16", np.dtype("<f2"), 1, 2),
     8: ("q8_0", np.dtype("u1"), 32, 34),
@@ -46,7 +46,7 @@ class GGUFFile:
     """Reads the keys; the tensors follow with read_tensors. Raises Truncated, Invalid or NotAMemory."""
 
     def __init__(self, content: np.ndarray):
-        self._content = memoryview(content)
+        self._content = memoryview(content)  # type: ignore[arg-type]
         self._at = 4
         if self._content[:4] != b"GGUF":
             raise NotAMemory("this is not a GGUF file")

@@ -1,11 +1,12 @@
 """The Memory: what stands for a prefix."""
 
+import io
 import os
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .content import read_content
+from .content import aligned, read_content
 from .entries import LayerMemory
 from .files import check_space, replace_file
 from .parser import parse_memory
@@ -56,8 +57,14 @@ class Memory:
     def save(self, path: str | os.PathLike) -> None:
         """Write the file; the old one stays until the new one is whole. Raises OSError."""
         check_space(path, self.nbytes())
-        with replace_file(path) as part:
-            write_memory(self, part)
+        with replace_file(path) as part, open(part, "wb") as f:
+            write_memory(self, f)
+
+    def content(self) -> np.ndarray:
+        """What save would write: uint8 [n], at a multiple of ALIGNMENT bytes, writable."""
+        buffer = io.BytesIO()
+        write_memory(self, buffer)
+        return aligned(buffer.getbuffer())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Memory":

@@ -29,7 +29,10 @@ from .tables import block_scales
 
 
 def parse_memory(content: np.ndarray) -> dict[str, Any]:
-    """The fields of the Memory that a file holds; content: uint8 [n], see read_content. Raises a MemoryRefused that says what is wrong."""
+    """The fields of the Memory that a file holds. Raises a MemoryRefused that says what is wrong.
+
+    content: uint8 [n], see read_content.
+    """
     return _Parser(content).memory()
 
 
@@ -38,15 +41,16 @@ class _Parser:
         self.file = GGUFFile(content)
         self.n_used = 0
 
-    def value(self, key: str, kind: type):
+    def value(self, key: str, kind: type) -> Any:
         """The value of a key: kind is str, int, float or list (of int). Numbers are finite."""
         if (found := self.file.keys.get(key)) is None:
             raise Invalid(f"the key '{key}' is missing")
         if found.type != TYPES[kind]:
             raise Invalid(f"the key '{key}' has type {found.type}, expected {TYPES[kind]}")
-        if kind is float and not np.isfinite(found.value):
+        value: Any = found.value
+        if kind is float and not np.isfinite(value):
             raise Invalid(f"the key '{key}' is not a finite number")
-        return found.value.tolist() if kind is list else found.value
+        return value.tolist() if kind is list else value
 
     def group(self, prefix: str, kinds: tuple[type, ...], but: str | None = None) -> dict:
         """All values below a prefix of keys, which are of these kinds; but: the name of one that is not."""
@@ -120,7 +124,8 @@ class _Parser:
             fidelity=fidelity,
         )
         self.tensors = self.file.read_tensors(len(KINDS) * MAX_KIND_TENSORS * n_segments * spec.block_count)
-        memory["layers"] = layers = [{} for _ in range(n_segments)]
+        layers: list[dict[int, LayerMemory]] = [{} for _ in range(n_segments)]
+        memory["layers"] = layers
         for s, il in sorted({tuple(map(int, m.groups())) for name in self.tensors if (m := BLOCK_NAME.match(name))}):
             if s < n_segments and il < spec.block_count and (layer := self.layer(f"seg.{s}.blk.{il}.", spec)):
                 layers[s][il] = layer
@@ -128,7 +133,7 @@ class _Parser:
             raise Invalid("the key 'attnmem.token.top_k' is missing")
         if self.n_used != len(self.tensors):
             raise Invalid(
-                f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build; it may need a newer one"
+                f"the memory has {len(self.tensors)} tensors, of which this build knows only {self.n_used}; it may need a newer one"
             )
         return memory
 

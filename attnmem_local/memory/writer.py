@@ -1,12 +1,13 @@
-"""Writes a Memory as a GGUF file."""
+"""Writes a Memory in the format of docs/memory-format.md, a GGUF."""
 
+import io
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 import gguf
 import numpy as np
+from gguf.gguf_writer import WriterState
 
 from .entries import KINDS
 from .format import ADAPTER_TYPE, FORMAT_VERSION, MODEL_KEYS
@@ -17,9 +18,21 @@ if TYPE_CHECKING:
     from .memory import Memory
 
 
-def write_memory(memory: "Memory", path: Path) -> None:
-    writer = gguf.GGUFWriter(path, memory.model.architecture)
-    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+def write_memory(memory: "Memory", out: BinaryIO) -> None:
+    """Write a memory to a file, or to a buffer in RAM. Raises OSError."""
+    header = _header(memory)
+    out.write(header)
+    out.write(bytes(-len(header) % ALIGNMENT))
+    for _, array in tensors(memory):
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        out.write(data.data)
+        out.write(bytes(-len(data) % ALIGNMENT))
+
+
+def _header(memory: "Memory") -> bytes:
+    """All keys, and where each tensor lies."""
+    writer = gguf.GGUFWriter(None, memory.model.architecture)
+    add: dict[type, Callable] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     writer.add_custom_alignment(ALIGNMENT)
     writer.add_type("adapter")
     writer.add_string("adapter.type", ADAPTER_TYPE)
@@ -47,13 +60,14 @@ def write_memory(memory: "Memory", path: Path) -> None:
         for name, value in values.items():
             add[type(value)](f"attnmem.{group}.{name}", value)
     for name, array in tensors(memory):
-        writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=Q8_0 if array.dtype == np.uint8 else None)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+        is_q8_0 = array.dtype == np.uint8
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, raw_dtype=Q8_0 if is_q8_0 else None)
+    buffer = io.BytesIO()
+    writer.fout, writer.state = [buffer], WriterState.EMPTY  # type: ignore[list-item]  # what open_output_file does for a file on disk
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return buffer.getvalue()
 
 
 def tensors(memory: "Memory") -> Iterator[tuple[str, np.ndarray]]:

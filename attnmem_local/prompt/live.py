@@ -26,7 +26,8 @@ def live_chat(
     if tools and prefix.tools and tools != prefix.tools:
         raise PrefixMismatch(
             f"the tools differ: the memory was built with {tool_names(prefix.tools)}, the chat has {tool_names(tools)}: "
-            f"{_difference(repr(prefix.tools), repr(tools))}; leave them out, as the memory has its own, or build it with those of the chat"
+            f"{_difference(repr(prefix.tools), repr(tools))}; leave them out, as the memory has its own, "
+            "or build it with those of the chat"
         )
     tools = prefix.tools or tools or None
 
@@ -61,9 +62,8 @@ def live_prompt(tokenizer, prefix: Prefix, prompt: str | list[int]) -> list[int]
     if not isinstance(prompt, str) and prompt[: len(prefix.tokens)] == prefix.tokens:
         live = prompt[len(prefix.tokens) :] or held_back(tokenizer, prefix)
     else:
-        rest = _rest(prompt if isinstance(prompt, str) else tokenizer.decode(prompt), prefix.text, tokenizer.bos)
-        if rest is None:
-            rest = prompt
+        text = _rest(prompt if isinstance(prompt, str) else tokenizer.decode(prompt), prefix.text, tokenizer.bos)
+        rest = prompt if text is None else text
         held = held_back(tokenizer, prefix)
         live = held + (tokenizer.encode_after(rest, prefix.tokens + held) if isinstance(rest, str) else rest)
     if not live:
@@ -86,8 +86,9 @@ def with_prefix_messages(messages: list[dict], prefix_messages: list[dict]) -> l
     if not prefix_systems:
         first = prefix_messages[0]
         raise PrefixMismatch(
-            f"the chat has a system message, {_short(systems[0])}, but the memory holds none: its prefix begins with a message of the role "
-            f"'{first['role']}', {_short(first)}; leave the system message out, or build a memory that begins with it"
+            f"the chat has a system message, {_short(systems[0])}, but the memory holds none: "
+            f"its prefix begins with a message of the role '{first['role']}', {_short(first)}; "
+            "leave the system message out, or build a memory that begins with it"
         )
     a, b = next(((a, b) for a, b in zip(prefix_systems, systems) if not _same([a], [b])), (None, systems[-1]))
     difference = _difference(a["content"], b["content"]) if a else f"the chat goes on with {_short(b)}"
@@ -173,19 +174,19 @@ def _mismatch(tokenizer, prefix: Prefix, chat: list[dict], tools, render) -> Pre
         )
     if tools and not prefix.tools and fits(chat, tools=None):
         return PrefixMismatch(
-            f"the tools differ: the memory was built with none, the chat has {tool_names(tools)}, and the chat template writes them into "
-            f"the prefix: {sides}; leave them out, or build the memory with --tools"
+            f"the tools differ: the memory was built with none, the chat has {tool_names(tools)}, "
+            f"and the chat template writes them into the prefix: {sides}; leave them out, or build the memory with --tools"
         )
     if prefix.date is None and len(set(tokenizer.template.on_other_days(chat, tools))) > 1:
         return PrefixMismatch(
-            "the date differs: the chat template writes the current one into the prefix, and this memory does not keep that of its build: "
-            f"{sides}; build it again"
+            "the date differs: the chat template writes the current one into the prefix, "
+            f"and this memory does not keep that of its build: {sides}; build it again"
         )
     if fits([*prefix.messages, {"role": "user", "content": "A"}]):
         following = next((f"one of the role '{m['role']}'" for m in chat[len(prefix.messages) :]), "none")
         return PrefixMismatch(
-            f"the prefix of the memory takes in the beginning of a user's message, but the next one of the chat is {following}: {sides}; "
-            "begin with a message of the user, or build the memory again"
+            "the prefix of the memory takes in the beginning of a user's message, "
+            f"but the next one of the chat is {following}: {sides}; begin with a message of the user, or build the memory again"
         )
     return PrefixMismatch(
         f"the chat template differs: it does not write the messages of the memory's prefix as where it was built: {sides}; "

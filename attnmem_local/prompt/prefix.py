@@ -6,6 +6,7 @@ prefix owns BOS and the system turn.
 
 import bisect
 import logging
+from collections.abc import Sequence
 from datetime import datetime
 from os.path import commonprefix
 from pathlib import Path
@@ -61,7 +62,7 @@ def held_back(tokenizer, prefix: Prefix) -> list[int]:
 
 
 def chat_prefix(
-    tokenizer, messages: list[dict], parts: list[str] = (), tools: list[dict] | None = None, date: str | None = None
+    tokenizer, messages: list[dict], parts: Sequence[str] = (), tools: list[dict] | None = None, date: str | None = None
 ) -> Prefix:
     """Render messages with the model's own template, up to where the next message begins.
 
@@ -193,7 +194,7 @@ def _refused(template, messages: list[dict], error: ValueError) -> ValueError:
     return error
 
 
-def _offset(tokenizer, tokens: list[int], text: str, parts: list[str]) -> list[int]:
+def _offset(tokenizer, tokens: list[int], text: str, parts: Sequence[str]) -> list[int]:
     """Where the parts of a text begin and end in its tokens; a token across a border belongs to the part before."""
     offset = [0]
     if len(parts) > 1:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from numbers import Real
+from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 import llama_cpp
@@ -11,7 +12,10 @@ from llama_cpp._internals import LlamaContext
 
 from ..engine import native
 from ..memory.errors import BadInput, MemoryRefused
+from ..memory.memory import Memory
 from .loaded import LoadedMemory, absolute, file_version
+
+LoadedFiles: TypeAlias = WeakValueDictionary[tuple[int, ...] | None, LoadedMemory]  # version of a file -> what is still held
 
 
 @dataclass(frozen=True)
@@ -31,23 +35,27 @@ class Attachments:
     layer on.
     """
 
-    def __init__(self, context: LlamaContext, lookup: str = "auto", mapped: bool = False):
+    def __init__(self, context: LlamaContext, loaded: LoadedFiles, lookup: str = "auto", mapped: bool = False):
+        """loaded: files that are loaded for the model of the context; contexts of one model share it."""
         self.context = context
         self.items: tuple[Attached, ...] = ()
         self.lookup = check_lookup(lookup)
         self.mapped = mapped
-        self._loaded: WeakValueDictionary[tuple, LoadedMemory] = WeakValueDictionary()  # file version -> what is still held
+        self.loaded = loaded
+        self._revisions: tuple[int, ...] = ()  # of the items' rows, when the live tokens were last cleared
         self._changing: tuple[Attached, ...] | None = None  # what the context may refer to during a change
 
-    def load(self, path: str | os.PathLike) -> LoadedMemory:
-        """A file is loaded once as long as the result is held, and again when it has changed."""
-        loaded = self._loaded.get(file_version(absolute(path)))
+    def load(self, source: str | os.PathLike | Memory) -> LoadedMemory:
+        """A file is loaded once as long as the result is held, and again when it has changed; a Memory each time."""
+        if isinstance(source, Memory):
+            return LoadedMemory(self.context.model, source)
+        loaded = self.loaded.get(file_version(absolute(source)))
         if loaded is None:
-            loaded = LoadedMemory(self.context.model, path, self.mapped)
-            self._loaded[loaded.version] = loaded
+            loaded = LoadedMemory(self.context.model, source, self.mapped)
+            self.loaded[loaded.version] = loaded
         return loaded
 
-    def attach(self, memory: str | os.PathLike | LoadedMemory, gain: float) -> LoadedMemory:
+    def attach(self, memory: str | os.PathLike | Memory | LoadedMemory, gain: float) -> LoadedMemory:
         """Beside the others, or in the place of the same memory or of another version of its file."""
         loaded = memory if isinstance(memory, LoadedMemory) else self.load(memory)
         same = [loaded.is_same(a.memory) for a in self.items]
@@ -59,12 +67,13 @@ class Attachments:
     def detach(self, memory: str | os.PathLike | LoadedMemory | None) -> None:
         """One memory, or all. Raises BadInput if it is not attached."""
         if memory is None:
-            kept = ()
+            kept: tuple[Attached, ...] = ()
+        elif isinstance(memory, LoadedMemory):
+            kept = tuple(a for a in self.items if not a.memory.is_same(memory))
         else:
-            path = memory.path if isinstance(memory, LoadedMemory) else memory
-            kept = tuple(a for a in self.items if a.memory is not memory and not a.memory.is_at(path))
-            if len(kept) == len(self.items):
-                raise BadInput(f"'{os.fsdecode(path)}' is not attached")
+            kept = tuple(a for a in self.items if not a.memory.is_at(memory))
+        if memory is not None and len(kept) == len(self.items):
+            raise BadInput(f"{memory if isinstance(memory, LoadedMemory) else repr(os.fsdecode(memory))} is not attached")
         self._set(kept, self.lookup)
 
     def set_lookup(self, lookup: str) -> None:
@@ -84,16 +93,22 @@ class Attachments:
         self.settle()
 
     def settle(self) -> None:
-        """Finish a change: the context then has exactly `items` and no live token.
+        """Finish a change: the context then has exactly `items`, and no live token that was computed otherwise.
 
         Called before each use of the context, as a change that was interrupted is finished here too: `items` are still
-        the old ones if it did not get far. Raises BadInput once the context is closed.
+        the old ones if it did not get far. Raises ValueError once the context is closed.
         """
-        if self.context.ctx is not None and self._changing is not None:
+        if self.context.ctx is None:
+            return
+        revisions = tuple(a.memory.revision for a in self.items)
+        if self._changing is not None:
             self._apply(self.items, self.lookup)
-            if self.context.memory is not None:
-                llama_cpp.llama_memory_clear(self.context.memory, False)  # True would write zeros to all of the cache
-            self._changing = None
+        elif revisions == self._revisions:
+            return
+        if self.context.memory is not None:
+            llama_cpp.llama_memory_clear(self.context.memory, False)  # True would write zeros to all of the cache
+        self._revisions = revisions
+        self._changing = None
 
     def _apply(self, items: tuple[Attached, ...], lookup: str) -> None:
         native.set_memories(self.context.ctx, [a.memory.handle for a in items], [a.gain for a in items], lookup)

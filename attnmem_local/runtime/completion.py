@@ -29,7 +29,7 @@ class RenderedChat:
 
     def complete(self, request: dict):
         """request: the arguments of Llama.create_chat_completion, all of them."""
-        return chat_formatter_to_chat_completion_handler(self._format)(llama=self, **request)
+        return chat_formatter_to_chat_completion_handler(self._format)(llama=self, **request)  # type: ignore[arg-type]
 
     def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
         return self.live

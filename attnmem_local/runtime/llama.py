@@ -2,17 +2,21 @@
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import jinja2
 import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from ..engine.tokenizer import GgufTokenizer
+from ..engine.weights import weights_of
 from ..memory.errors import BadInput, MemoryRefused, StaleStream, Unsupported
+from ..memory.memory import Memory
 from ..prompt.live import live_chat, live_prompt
-from .attachments import Attached, Attachments, check_lookup
+from .attachments import Attached, Attachments, LoadedFiles, check_lookup
 from .completion import LivePrompt, RenderedChat
 from .loaded import LoadedMemory
 from .saved_state import CacheByMemory, MemoryState, bind, unbind
@@ -20,10 +24,18 @@ from .saved_state import CacheByMemory, MemoryState, bind, unbind
 _NOT_OF_ATTENTION = ("general.", "tokenizer.")  # keys of a model file that change no key or value of the prefix
 
 
+_OF_MODEL = {
+    *("model_path", "n_gpu_layers", "split_mode", "main_gpu", "tensor_split"),
+    *("vocab_only", "use_mmap", "use_mlock", "kv_overrides", "numa"),
+}  # options of llama_cpp.Llama
+
+Source: TypeAlias = str | os.PathLike | Memory
+
+
 class MemoryLlama(llama_cpp.Llama):
     """A llama_cpp.Llama with attention-state memories.
 
-    memory: one path, or several, of memories to attach from the start.
+    memory: one memory, or several, to attach from the start: paths of files, or Memory objects, which stay in RAM.
     lookup: how the nearest entry is found: "auto", "stock", "scan", "hnsw" or "lists" (see native.LOOKUPS).
     memory_mmap: map memory files, as use_mmap does the model's, instead of reading them into RAM. Loading is faster and
         processes share the pages, but a file that is overwritten in place under an attached memory (as cp does, where a
@@ -34,31 +46,46 @@ class MemoryLlama(llama_cpp.Llama):
     Pickling and copying load the model and the memories again from their files, and refuse memories that have changed.
     """
 
+    _attachments: Attachments
+
     def __init__(
         self,
         model_path: str,
         *,
-        memory: str | os.PathLike | Iterable[str | os.PathLike] | None = None,
+        memory: Source | Iterable[Source] | None = None,
         lookup: str = "auto",
         memory_mmap: bool = False,
+        _sibling: "MemoryLlama | None" = None,  # see new_context
         **options,
     ):
         check_lookup(lookup)
         try:
-            super().__init__(model_path, **options)
+            with weights_of(_sibling):
+                super().__init__(model_path, **options)
         except jinja2.TemplateSyntaxError as error:
             raise BadInput(f"the chat template of '{model_path}' is broken: {error}, in line {error.lineno}") from None
-        self._attachments = Attachments(self._ctx, lookup, memory_mmap)
+        loaded: LoadedFiles = _sibling._attachments.loaded if _sibling else WeakValueDictionary()
+        self._attachments = Attachments(self._ctx, loaded, lookup, memory_mmap)
         self._tokenizer = GgufTokenizer(self._model)
         if "chat_template.default" in self._chat_handlers and not (options.get("chat_format") or options.get("chat_handler")):
             self.chat_format = "chat_template.default"  # prefixes are rendered with the model's own template
-        several = isinstance(memory, Iterable) and not isinstance(memory, (str, bytes))
         try:
-            for item in memory if several else () if memory is None else (memory,):
+            for item in _several(memory):
                 self.attach(item)
         except BaseException:
             self.close()  # at once, not when the traceback is gone
             raise
+
+    def new_context(self, *, memory: Source | Iterable[Source] | None = None, **options) -> "MemoryLlama":
+        """Another context with memories and live tokens of its own, which shares the weights with this one.
+
+        A memory that both attach is loaded once. options: of the context, as n_ctx, n_threads or lookup; those of this one if not
+        given. The weights stay until all of these contexts are closed. Raises TypeError for an option of the model.
+        """
+        if fixed := _OF_MODEL & options.keys():
+            raise TypeError(f"{', '.join(sorted(fixed))}: the model is loaded already; create another MemoryLlama")
+        state = super().__getstate__() | {"lookup": self.lookup, "memory_mmap": self._attachments.mapped} | options
+        return type(self)(**state, memory=memory, _sibling=self)
 
     # attaching
 
@@ -71,11 +98,11 @@ class MemoryLlama(llama_cpp.Llama):
     def lookup(self) -> str:
         return self._attachments.lookup
 
-    def load_memory(self, path: str | os.PathLike) -> LoadedMemory:
-        """Load a memory without attaching it. A file is loaded once as long as the result is held, and again when it has changed."""
-        return self._attachments.load(path)
+    def load_memory(self, memory: Source) -> LoadedMemory:
+        """Load a memory without attaching it: a file once as long as the result is held, and again when it has changed."""
+        return self._attachments.load(memory)
 
-    def attach(self, memory: str | os.PathLike | LoadedMemory, gain: float = 0.0) -> LoadedMemory:
+    def attach(self, memory: Source | LoadedMemory, gain: float = 0.0) -> LoadedMemory:
         """Attach a memory beside those attached, or set the gain of one that is.
 
         A file that has changed since it was attached replaces what it was. A file is attached once, whatever path
@@ -124,7 +151,7 @@ class MemoryLlama(llama_cpp.Llama):
                 self._requires_eval = True  # until super() has counted them: interrupted before, the logits are of other tokens
             super().eval(batch)
 
-    def generate(self, tokens, *args, **options) -> Iterator[int]:
+    def generate(self, tokens, *args, **options) -> Generator[int, Sequence[int] | None, None]:  # type: ignore[override]
         """As in llama_cpp.Llama.
 
         Raises StaleStream where it would go on with other tokens or memories than it began with: after attach, detach,
@@ -132,10 +159,10 @@ class MemoryLlama(llama_cpp.Llama):
         """
         return self._read(super().generate(tokens, *args, **options), self.memories)
 
-    def _create_completion(self, *args, **options) -> Iterator:
+    def _create_completion(self, *args, **options) -> Generator:
         return self._read(super()._create_completion(*args, **options), self.memories)
 
-    def _read(self, stream: Iterator, memories: tuple[Attached, ...]) -> Iterator:
+    def _read(self, stream: Any, memories: tuple[Attached, ...]) -> Generator[Any, Any, None]:
         """What a generator yields, as long as nothing takes the live tokens away from it.
 
         memories: those that the prompt was made for, before the generator starts.
@@ -192,7 +219,7 @@ class MemoryLlama(llama_cpp.Llama):
 
     # saved states belong to the memories they were computed with
 
-    def save_state(self) -> llama_cpp.LlamaState | MemoryState:
+    def save_state(self) -> llama_cpp.LlamaState | MemoryState:  # type: ignore[override]
         self._settle()
         return bind(super().save_state(), self._attachments.key())
 
@@ -214,6 +241,8 @@ class MemoryLlama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict:
         self._settle()
+        if any(a.memory.path is None for a in self.memories):
+            raise TypeError("a memory in RAM is neither pickled nor copied; save it to a file, and attach that")
         memories = [(a.memory.path, a.gain, a.memory.fingerprint) for a in self.memories]
         return super().__getstate__() | {"memory": memories, "lookup": self.lookup, "memory_mmap": self._attachments.mapped}
 
@@ -234,9 +263,17 @@ class MemoryLlama(llama_cpp.Llama):
         """Free the model and the memories. Later use raises ValueError, and so does a stream that is still read."""
         if not hasattr(self, "_stack"):  # __init__ was refused
             return
-        self._ctx = self._model = self._batch = self.tokenizer_ = closed = _Closed()
-        self._attachments = Attachments(closed)
+        closed: Any = _Closed()
+        self._ctx = self._model = self._batch = self.tokenizer_ = closed  # what _stack frees is held there
+        self._attachments = Attachments(closed, WeakValueDictionary())
         super().close()
+
+
+def _several(memory: Source | Iterable[Source] | None) -> Iterable[Source]:
+    """A parameter that is one memory, several or none."""
+    if memory is None:
+        return ()
+    return (memory,) if isinstance(memory, (str, bytes, os.PathLike, Memory)) else memory
 
 
 class _Closed:

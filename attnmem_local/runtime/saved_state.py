@@ -39,14 +39,14 @@ class CacheByMemory(BaseLlamaCache):
 
     def __init__(self, cache: BaseLlamaCache, key: Callable[[], tuple[int, ...]]):
         super().__init__(cache.capacity_bytes)
-        self.cache = cache.cache if isinstance(cache, CacheByMemory) else cache  # another MemoryLlama may share it
+        self.cache: BaseLlamaCache = cache.cache if isinstance(cache, CacheByMemory) else cache  # another MemoryLlama may share it
         self.key = key
 
     @property
     def cache_size(self) -> int:
         return self.cache.cache_size
 
-    def __getitem__(self, tokens: Sequence[int]) -> LlamaState | MemoryState:
+    def __getitem__(self, tokens: Sequence[int]) -> LlamaState | MemoryState:  # type: ignore[override]
         state = self.cache[(*self.key(), *tokens)]
         try:
             unbind(state, self.key())
@@ -58,4 +58,4 @@ class CacheByMemory(BaseLlamaCache):
         return (*self.key(), *tokens) in self.cache
 
     def __setitem__(self, tokens: Sequence[int], state: LlamaState | MemoryState) -> None:
-        self.cache[(*self.key(), *tokens)] = state
+        self.cache[(*self.key(), *tokens)] = state  # type: ignore[assignment]

@@ -1,0 +1,49 @@
+"""Weights in RAM once, however many contexts use them."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from llama_cpp import Llama
+from llama_cpp import _internals as internals
+from llama_cpp._internals import LlamaModel
+
+
+class SharedModel(LlamaModel):
+    """A model that llama.cpp has loaded, freed when the last of its users closes it."""
+
+    n_users = 1
+
+    def close(self) -> None:
+        self.n_users -= 1
+        if self.n_users == 0:
+            super().close()
+
+    def __del__(self):
+        super().close()
+
+
+_loading = threading.Lock()
+
+
+@contextmanager
+def weights_of(owner: Llama | None) -> Iterator[None]:
+    """A Llama that is created meanwhile in this thread has a SharedModel: that of `owner`, if given.
+
+    Llama has no parameter for a model that is loaded already.
+    """
+    thread, load = threading.get_ident(), internals.LlamaModel
+
+    def take(**options) -> LlamaModel:
+        if threading.get_ident() != thread:
+            return load(**options)
+        if owner is None:
+            return SharedModel(**options)
+        model: Any = owner._model
+        model.n_users += 1
+        return model
+
+    with _loading, patch.object(internals, "LlamaModel", take):
+        yield
