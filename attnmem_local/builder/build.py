@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,6 +78,7 @@ def build_memory(
     """
     progress = progress or Progress(quiet=True)
     check_inputs(model, prefix, queries, out)
+    model_name = file_name(model)
     if windows is not None and windows < 1:
         raise BadInput("self-study writes at least one window")
     if share is not None and nbytes is not None:
@@ -106,7 +108,7 @@ def build_memory(
     build_text, held_out = collect_queries(model, prefix, kv, given, study, seed, progress)
     plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, segments, seed, progress)
     memory = fit_memory(model, prefix, kv, build_text, plan, seed=seed, progress=progress)
-    memory.build["queries"] = query_names(queries)
+    memory.build |= {"queries": query_names(queries)} | model_name
     measure_and_save(model, kv, memory, held_out, out, progress)
     return memory
 
@@ -188,6 +190,11 @@ def collect_queries(
         build_text += [w for i, w in enumerate(found) if i % HELD_OUT != HELD_OUT // 2]
         held_out += found[HELD_OUT // 2 :: HELD_OUT]
     return build_text, held_out
+
+
+def file_name(model: str | os.PathLike | BuildModel) -> dict[str, str]:
+    """The value "model" of Memory.build, by which the runtime finds the model; none for a model that has no file."""
+    return {} if isinstance(model, BuildModel) else {"model": Path(model).name}
 
 
 def query_names(queries: Sequence[str | list]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..library import cache_folder
 from ..memory.errors import BadInput
 from ..memory.files import replace_file
 from .capture import Packed, PrefixKV, spread
@@ -25,9 +26,8 @@ _log = logging.getLogger(__name__)
 
 
 def cache_path(model) -> Path:
-    """Where the sensitivity of a model is kept. Raises RuntimeError if the user has no home folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "attnmem" / f"sensitivity-{model.spec.fingerprint_norms}-{model.spec.block_count}.safetensors"
+    """Where the sensitivity of a model is kept. Raises BadInput if the user has no home folder."""
+    return cache_folder() / f"sensitivity-{model.spec.fingerprint_norms}-{model.spec.block_count}.safetensors"
 
 
 def sensitivity(
@@ -41,7 +41,7 @@ def sensitivity(
     """
     try:
         path = cache_path(model)
-    except RuntimeError as error:
+    except BadInput as error:
         _log.warning("the sensitivity of the model cannot be cached: %s", error)
         path = None
     if path is not None and (found := _cached(path, model.spec)) is not None:
@@ -133,5 +133,5 @@ def is_cached(model) -> bool:
     """Whether a file has the sensitivity of the model already; whether it is whole is not looked at."""
     try:
         return cache_path(model).exists()
-    except (OSError, RuntimeError):  # no home folder, or none that may be read
+    except (OSError, BadInput):  # no home folder, or none that may be read
         return False

@@ -15,7 +15,7 @@ from ..memory.prefix import Prefix
 from ..memory.tables import quantize_rows, rows
 from ..prompt.prefix import read_prefix
 from .budget import plan_for_bytes
-from .build import collect_queries, fit_memory, given_queries, measure_and_save, query_names, study_shape, tell_estimate
+from .build import collect_queries, file_name, fit_memory, given_queries, measure_and_save, query_names, study_shape, tell_estimate
 from .capture import prefill
 from .inputs import check_inputs
 from .model import BuildModel, load_model
@@ -46,6 +46,7 @@ def update_memory(
     """
     progress = progress or Progress(quiet=True)
     check_inputs(model, prefix, queries, out)
+    model_name = file_name(model)
     with progress.stage("load model"):
         old = memory if isinstance(memory, Memory) else Memory.load(memory)
         model = model if isinstance(model, BuildModel) else load_model(model, device)
@@ -88,6 +89,7 @@ def update_memory(
         plan = plan_for_bytes(model, kv, build_text, nbytes, prefix.offset, changed, seed, progress)
         result = fit_memory(model, prefix, kv, build_text, plan, keep=keep, seed=seed, progress=progress)
         result.build["queries"] = query_names(queries)
+    result.build = result.build | model_name
     measure_and_save(model, kv, result, held_out, out, progress)
     return result
 
