@@ -363,7 +363,7 @@ def test_a_message_that_is_none_is_one_clear_error(default, message, says):
     ):
         with pytest.raises(ValueError, match=says) as error:
             act()
-        assert type(error.value) is ValueError and "\n" not in str(error.value)
+        assert type(error.value) is errors.BadInput and "\n" not in str(error.value)
 
 
 def test_a_prompt_that_is_not_unicode_is_one_clear_error(files):
@@ -371,7 +371,7 @@ def test_a_prompt_that_is_not_unicode_is_one_clear_error(files):
     llama = files.llama(Prefix(files.tiny.model.tokenizer.encode(text, add_bos=True), text))
     with pytest.raises(ValueError, match="half a character") as error:
         llama.create_completion("caf\udce9")
-    assert type(error.value) is ValueError
+    assert type(error.value) is errors.BadInput
 
 
 # what a memory's chat begins with

@@ -1,4 +1,4 @@
-"""Writes a Memory in the format of docs/memory-format.md, a GGUF."""
+"""Writing a Memory as a GGUF in the format of docs/memory-format.md."""
 
 import io
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def write_memory(memory: "Memory", out: BinaryIO) -> None:
-    """Write a memory to a file, or to a buffer in RAM. Raises OSError."""
+    """Write a memory to a file or to a buffer in RAM. Raises OSError."""
     header = _header(memory)
     out.write(header)
     out.write(bytes(-len(header) % ALIGNMENT))
@@ -30,7 +30,7 @@ def write_memory(memory: "Memory", out: BinaryIO) -> None:
 
 
 def _header(memory: "Memory") -> bytes:
-    """All keys, and where each tensor lies."""
+    """The GGUF header: all keys, and the name, type, shape and offset of each tensor."""
     writer = gguf.GGUFWriter(None, memory.model.architecture)
     add: dict[type, Callable] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     writer.add_custom_alignment(ALIGNMENT)
@@ -38,13 +38,12 @@ def _header(memory: "Memory") -> bytes:
     writer.add_string("adapter.type", ADAPTER_TYPE)
     writer.add_uint32("attnmem.version", FORMAT_VERSION)
     for name, key in MODEL_KEYS.items():
-        if name != "architecture":  # written by GGUFWriter itself
+        if name != "architecture":  # GGUFWriter has written it
             value = getattr(memory.model, name)
             add[type(value)](key, value)
     writer.add_array("attnmem.prefix.tokens", [int(t) for t in memory.prefix_tokens])
-    writer.add_key_value(
-        "attnmem.prefix.text", memory.prefix_text, gguf.GGUFValueType.STRING
-    )  # add_string leaves out an empty text
+    # add_string would leave out an empty text
+    writer.add_key_value("attnmem.prefix.text", memory.prefix_text, gguf.GGUFValueType.STRING)
     if memory.prefix_messages is not None:
         writer.add_string("attnmem.prefix.messages", json.dumps(memory.prefix_messages, ensure_ascii=False))
     if memory.prefix_tools is not None:
@@ -55,7 +54,7 @@ def _header(memory: "Memory") -> bytes:
     writer.add_array("attnmem.segment.offset", [int(i) for i in memory.segment_offset])
     if memory.token_top_k is not None:
         writer.add_uint32("attnmem.token.top_k", memory.token_top_k)
-    is_measured = np.isfinite(list(memory.fidelity.values())).all()  # one token of live text has no perplexity
+    is_measured = np.isfinite(list(memory.fidelity.values())).all()  # a single token of live text has no NLL, so NaN
     for group, values in (("build", memory.build), ("fidelity", memory.fidelity if is_measured else {})):
         for name, value in values.items():
             add[type(value)](f"attnmem.{group}.{name}", value)
@@ -63,7 +62,7 @@ def _header(memory: "Memory") -> bytes:
         is_q8_0 = array.dtype == np.uint8
         writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, raw_dtype=Q8_0 if is_q8_0 else None)
     buffer = io.BytesIO()
-    writer.fout, writer.state = [buffer], WriterState.EMPTY  # type: ignore[list-item]  # what open_output_file does for a file on disk
+    writer.fout, writer.state = [buffer], WriterState.EMPTY  # type: ignore[list-item]  # open_output_file takes files on disk only
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
