@@ -1,4 +1,4 @@
-"""Models and memories of random numbers, in sizes that matter for speed: what a token costs does not depend on the numbers."""
+"""Models and memories of random numbers in realistic sizes: what a token costs does not depend on the numbers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from attnmem_local.builder.search.lists import n_lists
 from attnmem_local.memory.entries import Entries, LayerMemory, Lists
 from attnmem_local.memory.memory import Memory
 from attnmem_local.memory.spec import ModelSpec
 from attnmem_local.memory.tables import quantize_rows
+
+from .builder import default_anchors, fingerprint_norms, fingerprint_vocab, n_lists
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 MIN_ENTRIES = 2048  # as MEM_SEARCH_MIN_ENTRIES in native/src/llama-adapter-mem-graph.cpp
@@ -18,14 +19,14 @@ MIN_ENTRIES = 2048  # as MEM_SEARCH_MIN_ENTRIES in native/src/llama-adapter-mem-
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a llama model."""
+    """Sizes of a llama model."""
 
     n_layer: int
     n_embd: int
     n_ff: int
     n_head: int
     n_head_kv: int
-    d: int  # of a head
+    d: int  # size of a head
     n_vocab: int = 128256
 
 
@@ -40,7 +41,7 @@ def n_probe(n: int) -> int:
 
 
 def write_llama(path: Path, shape: Shape) -> None:
-    """A model of random weights in Q4_0, with a vocabulary of bytes that is filled up."""
+    """A model of random weights in Q4_0; its vocabulary is the bytes and padding."""
     rng = np.random.default_rng(0)
     tokens = [*_byte_tokens(), *(f"[PAD{i}]" for i in range(256, shape.n_vocab))]
     writer = gguf.GGUFWriter(path, "llama")
@@ -58,14 +59,14 @@ def write_llama(path: Path, shape: Shape) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.UNUSED] * (shape.n_vocab - 256))
-    writer.add_token_merges(["a b"])  # llama.cpp wants some
+    writer.add_token_merges(["a b"])  # llama.cpp refuses an empty list
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 
     def add(name: str, n_out: int, n_in: int) -> None:
         block, size = gguf.GGML_QUANT_SIZES[Q4_0]
         table = rng.integers(0, 256, (n_out, n_in // block, size), dtype=np.uint8)
-        table[..., :2] = np.frombuffer(np.float16(0.25 / n_in**0.5).tobytes(), np.uint8)  # the scale of a block
+        table[..., :2] = np.frombuffer(np.float16(0.25 / n_in**0.5).tobytes(), np.uint8)  # scale of a block
         writer.add_tensor(name, table.reshape(n_out, -1), raw_dtype=Q4_0)
 
     def add_norm(name: str) -> None:
@@ -123,22 +124,16 @@ def lookup_memory(spec: ModelSpec, n: int) -> Memory:
 
 
 def default_memory(model: Path, n_tokens: int) -> Memory:
-    """As large as the default build makes it for a prefix of so many tokens, with heads of as uneven size."""
-    from attnmem_local.builder.budget import head_bytes
-    from attnmem_local.builder.build import default_bytes
-
+    """As large as the default build makes it for a prefix of n_tokens tokens, with heads as uneven as those of real ones."""
     reader = gguf.GGUFReader(model)
     spec = model_spec(reader)
-    rng = np.random.default_rng(0)
-    nbytes = default_bytes(n_tokens * spec.kv_bytes_per_token(), sum(int(t.n_elements) for t in reader.tensors))
-    weight = rng.lognormal(sigma=1.3, size=(spec.block_count, spec.head_count_kv))
-    anchors = weight / weight.sum() * nbytes / head_bytes(spec, 1, n_tokens + 1, eight_bit=True)
-    sizes = np.clip(anchors.astype(int), 2, n_tokens)
-    return anchor_memory(spec, sizes, n_tokens)
+    weight = np.random.default_rng(0).lognormal(sigma=1.3, size=(spec.block_count, spec.head_count_kv))
+    anchors = weight / weight.sum() * default_anchors(spec, n_tokens, sum(int(t.n_elements) for t in reader.tensors))
+    return anchor_memory(spec, np.clip(anchors.astype(int), 2, n_tokens), n_tokens)
 
 
 def anchor_memory(spec: ModelSpec, sizes: np.ndarray, n_tokens: int) -> Memory:
-    """So many anchors in each layer and KV head [n_layer, n_head_kv], for a prefix of random tokens."""
+    """Anchors for a prefix of random tokens; sizes: how many in each layer and KV head, int [n_layer, n_head_kv]."""
     rng = np.random.default_rng(0)
     layers = {}
     for il, n in enumerate(sizes):
@@ -149,8 +144,7 @@ def anchor_memory(spec: ModelSpec, sizes: np.ndarray, n_tokens: int) -> Memory:
 
 
 def model_spec(reader: gguf.GGUFReader) -> ModelSpec:
-    from attnmem_local.builder.model import fingerprint_norms, fingerprint_vocab
-
+    """Of a llama model, without loading it."""
     architecture = reader.fields["general.architecture"].contents()
 
     def field(name: str):

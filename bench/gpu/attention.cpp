@@ -1,11 +1,11 @@
 // The attention part of a layer, by itself: flash attention over a prefix, or the state of a memory and flash attention with it
 //
-//   gpu-attention cpu|gpu copy
-//   gpu-attention cpu|gpu prefix|memory N BATCH N_LAYER N_HEAD N_HEAD_KV D
+//   attention cpu|gpu copy
+//   attention cpu|gpu prefix|memory N BATCH N_LAYER N_HEAD N_HEAD_KV D
 //
-// N: tokens of the prefix, or entries of the memory per KV head; there are N_LIVE tokens more. BATCH: tokens in one step.
+// N: tokens of the prefix, or entries of the memory per KV head; N_LIVE live tokens come after it. BATCH: tokens in one step.
 // Prints µs per layer, or for `copy` the GB/s that a copy on the device reads and writes. The layers, each with tables of its
-// own, are one graph; it is run for about a second and waited for once, so that no launch is counted. Driven by bench/gpu.py
+// own, are one graph; it is run for about a second and waited for once, so that no launch is counted. Driven by bench/gpu/attention.py
 
 #include "ggml.h"
 #include "ggml-alloc.h"
@@ -62,7 +62,7 @@ struct bench {
         return ggml_permute(ctx, table(type, { d, n_heads, n_tokens }), 0, 2, 1, 3);
     }
 
-    // as lookup_table in bench/shapes.py
+    // as lookup_table in bench/common/shapes.py
     ggml_tensor * memory(ggml_tensor * q) {
         ggml_mem_table t = {};
         t.kind  = GGML_MEM_CENTROID;
@@ -161,7 +161,7 @@ int main(int argc, char ** argv) {
     ggml_time_init();
     ggml_backend_dev_t dev = ggml_backend_dev_by_type(device == "gpu" ? GGML_BACKEND_DEVICE_TYPE_GPU : GGML_BACKEND_DEVICE_TYPE_CPU);
     if (!dev) {
-        fprintf(stderr, "the runtime has no %s\n", device.c_str());
+        fprintf(stderr, "no %s is available\n", device.c_str());
         return 77;
     }
     backend = ggml_backend_dev_init(dev, nullptr);

@@ -4,25 +4,24 @@ A row reads `Query: …\\nIntent: …\\n`, with the label as the data set spells
     intents   N_INTENTS drawn by the seed, of those with at least N_ROWS training rows
     prefix    training rows, one per intent in random order, then again, until the next row would pass 2,048 tokens
     traces    500 other training rows, in the same rounds, each by itself
-    choice    40 training rows more, to find seeds for which the full prefix is better than none (intents.py)
+    choice    40 more training rows, to find seeds for which the full prefix is better than none
     tests     rows of the test file with these intents in random order, 200 at most
 """
 
 import csv
-import hashlib
-import json
 import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from labels import most_probable
 
 from attnmem_local.evaluate.scorer import Scorer, log_softmax
 from attnmem_local.memory.prefix import Prefix
 
-CACHE = Path(__file__).parents[1] / "build/tasks-cache"
+from ..common.cases import case_folder
+from ..common.labels import most_probable
+
 N_INTENTS = 10  # with 40 test rows each
 N_PREFIX, N_TRACES, N_CHOICE, N_TESTS = 2048, 500, 40, 200
 N_ROWS = 75  # training rows that an intent must have
@@ -34,18 +33,16 @@ class Case:
     prefix: Prefix
     half: list[int]  # tokens of the first half of the demonstrations
     traces: list[list[int]]  # tokens of whole rows
-    labels: list[list[int]]  # tokens of each intent, with the line end that closes a row: no label begins another
+    labels: list[list[int]]  # tokens of each intent up to the end of its row, so that no label begins another
     choice: list[tuple[list[int], int]]  # tokens of the live text up to `Intent:`, and the index of its label
     tests: list[tuple[list[int], int]]  # the same
 
     @cached_property
     def folder(self) -> Path:
-        """Where what was computed for this case is kept."""
-        what = [self.prefix.tokens, self.traces, self.labels, self.tests]
-        folder = CACHE / f"{self.seed}-{hashlib.blake2b(json.dumps(what).encode(), digest_size=6).hexdigest()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        """Where results for this case are kept."""
+        return case_folder(f"banking77-{self.seed}", [self.prefix.tokens, self.traces, self.labels, self.tests])
 
+    @property
     def build_windows(self) -> list[list[int]]:
         return self.traces
 
@@ -68,7 +65,7 @@ def make_case(tokenizer, data: Path, seed: int, n_tests: int = N_TESTS) -> Case:
     def tokens(text: str, bos: bool = False) -> list[int]:
         return tokenizer.encode(text, add_bos=bos)
 
-    def asked(text: str, intent: str) -> tuple[list[int], int]:
+    def question(text: str, intent: str) -> tuple[list[int], int]:
         return tokens(row(text, "")[: -len(" \n")]), intents.index(intent)
 
     n = next(n for n in range(1, len(rows)) if len(tokens("".join(rows[: n + 1]), True)) > N_PREFIX)
@@ -80,8 +77,8 @@ def make_case(tokenizer, data: Path, seed: int, n_tests: int = N_TESTS) -> Case:
         half=tokens("".join(rows[: n // 2]), True),
         traces=[tokens(trace) for trace in rows[n : n + N_TRACES]],
         labels=[tokens(f" {intent}\n") for intent in intents],
-        choice=[asked(*pair) for pair in pairs[n + N_TRACES :][:N_CHOICE]],
-        tests=[asked(*pair) for pair in rng.sample(tests, len(tests))[:n_tests]],
+        choice=[question(*pair) for pair in pairs[n + N_TRACES :][:N_CHOICE]],
+        tests=[question(*pair) for pair in rng.sample(tests, len(tests))[:n_tests]],
     )
 
 
@@ -89,8 +86,8 @@ def _by_intent(path: Path, rng: random.Random) -> dict[str, list[str]]:
     """Texts of each intent in random order."""
     texts: dict[str, list[str]] = {}
     with open(path, encoding="utf-8", newline="") as f:
-        for found in csv.DictReader(f):
-            texts.setdefault(found["category"], []).append(found["text"])
+        for line in csv.DictReader(f):
+            texts.setdefault(line["category"], []).append(line["text"])
     for intent in sorted(texts):
         rng.shuffle(texts[intent])
     return texts
@@ -107,7 +104,7 @@ class Classifier:
     """The most probable label after live text, in the llama.cpp runtime."""
 
     def __init__(self, labels: list[list[int]], model_path, **context):
-        """context: what a Scorer takes: prefix, memory and options of the runtime, such as n_threads."""
+        """labels: tokens of each. context: what a Scorer takes: prefix, memory, options of the runtime such as n_threads."""
         self.labels = [tuple(label) for label in labels]
         self.scorer = Scorer(model_path, n_live=256, **context)
 
