@@ -118,7 +118,7 @@ def finish(claim: str, rows: list[dict], table: Table | None = None, **options) 
 def plain_table(rows: list[dict]) -> Table:
     """A column per field, a line per row."""
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, (dict, list))))
-    table = Table(*names)
+    table = Table(*(name.replace("_", " ") for name in names))
     for row in rows:
         table.add_row(*(_text(row.get(name)) for name in names))
     return table

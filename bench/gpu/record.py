@@ -18,6 +18,6 @@ def main(folder: Path) -> None:
         raise click.ClickException(f"there is nothing in {folder}")
     if any(result["quick"] for result in stages.values()):
         raise click.ClickException("these are no measurements, but of a quick trial")
-    runs = [{"command": f"bench/gpu.sh {name}", "versions": record.versions(), **result} for name, result in stages.items()]
+    runs = [{"command": f"python -m bench gpu {name}", "versions": record.versions(), **result} for name, result in stages.items()]
     claim = f"gpu.{runs[0]['hardware'].lower().replace(' ', '-')}"
     click.echo(record.save(RESULTS / f"{claim}.json", claim, runs))
