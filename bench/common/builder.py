@@ -1,0 +1,87 @@
+"""All that bench takes from inside the builder: memories that no option of a build makes, queries, and sizes."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from attnmem_local.builder.budget import TOKENS, curves, head_bytes, plan_for_bytes, uniform_plan
+from attnmem_local.builder.build import STUDY_WINDOW, WINDOW, default_bytes, fit_memory, searchable
+from attnmem_local.builder.capture import PrefixKV, capture, prefill, spread
+from attnmem_local.builder.entries.target import Target
+from attnmem_local.builder.model import BuildModel, fingerprint_norms, fingerprint_vocab, load_model
+from attnmem_local.builder.progress import Progress
+from attnmem_local.builder.search.lists import n_lists
+from attnmem_local.builder.sensitivity import sensitivity
+from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
+from attnmem_local.builder.sources.self_study import self_study
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.prefix import Prefix
+
+__all__ = ["fingerprint_norms", "fingerprint_vocab", "n_lists", "searchable"]  # for random memories and models
+
+
+@lru_cache(maxsize=1)
+def build_model() -> BuildModel:
+    """The default model."""
+    return load_model(DEFAULT_MODEL)
+
+
+def study_windows(prefix: Prefix, n_study: int) -> list[list[int]]:
+    """What a build without traces is made from: the prefix repeated, and windows of self-study."""
+    kv = prefill(build_model(), prefix.tokens)
+    return repeat_prefill(prefix, WINDOW) + self_study(build_model(), prefix, kv, n_study, STUDY_WINDOW, seed=0)
+
+
+def held_out_study(prefix: Prefix, model: BuildModel, n_study: int, seed: int) -> tuple[PrefixKV, list[list[int]]]:
+    """Keys and values of a prefix, and windows of self-study that its memory was not built from."""
+    kv = prefill(model, prefix.tokens)
+    return kv, self_study(model, prefix, kv, n_study, STUDY_WINDOW, seed)
+
+
+def captured(prefix: Prefix, windows: list[list[int]]) -> tuple[PrefixKV, list[Target]]:
+    """Keys and values of a prefix; for each layer the queries of these windows and their states over the prefix."""
+    kv = prefill(build_model(), prefix.tokens)
+    return kv, capture(build_model(), kv, windows)
+
+
+def uniform_memory(prefix: Prefix, windows, anchors: int = 0, entries: int = 0, heads=..., eight_bit: bool = False) -> Memory:
+    """The same number of anchors in each KV head; looked-up entries in some heads (an index [segment, layer, head]) or in all.
+
+    Entries are residuals over anchors, centroids without them.
+    """
+    model = build_model()
+    plan = uniform_plan(model.spec, anchors=anchors, eight_bit=eight_bit)
+    plan.entries[heads] = entries
+    return fit_memory(model, prefix, prefill(model, prefix.tokens), windows, plan, progress=Progress())
+
+
+def half_precision_memory(prefix: Prefix, windows, nbytes: int) -> Memory:
+    """The anchors that a build for a number of bytes chooses, in F16 tables, which take more bytes."""
+    model, progress = build_model(), Progress()
+    kv = prefill(model, prefix.tokens)
+    plan = plan_for_bytes(model, kv, windows, nbytes, prefix.offset, [0], 0, progress)
+    return fit_memory(model, prefix, kv, windows, replace(plan, eight_bit=False), progress=progress)
+
+
+def most_sensitive(prefix: Prefix, windows, anchors: int, n: int) -> tuple[np.ndarray, ...]:
+    """Index of the n heads [segment, layer, KV head] in which this number of anchors alone raises the KL most."""
+    model = build_model()
+    kv = prefill(model, prefix.tokens)
+    targets, weights = capture(model, kv, spread(windows, TOKENS)), sensitivity(model, kv, windows, seed=0)
+    by_head = curves(model, kv, targets, prefix.offset, [0], weights)
+    worst = sorted(by_head, key=lambda head: -by_head[head].at(anchors))[:n]
+    return tuple(np.array(worst).T)
+
+
+def default_anchors(spec, n_tokens: int, n_parameters: int) -> float:
+    """How many anchors in all a default build has for a prefix of n_tokens tokens."""
+    nbytes = default_bytes(n_tokens * spec.kv_bytes_per_token(), n_parameters)
+    return nbytes / head_bytes(spec, 1, n_tokens + 1, eight_bit=True)
+
+
+def gguf_order(key: torch.Tensor) -> np.ndarray:
+    """Keys or queries in the order of the GGUF, float32."""
+    return build_model().to_gguf_order(key).cpu().numpy()
