@@ -563,9 +563,9 @@ def test_build_and_update_take_a_file_of_tools(files, tmp_path):
         return CliRunner().invoke(main, [*map(str, [*before, tmp_path / "handbook.md", "-o", out, "-q", "repeat", *args])])
 
     refused = attnmem("build", "--system", "--tools", tmp_path / "bad.json")
-    assert refused.exit_code and "bad.json" in refused.output and "tools are a JSON list" in " ".join(refused.output.split())
+    assert refused.exit_code and "bad.json" in refused.output and "tools must be a JSON list" in " ".join(refused.output.split())
     refused = attnmem("build", "--tools", tmp_path / "hours.json")
-    assert refused.exit_code and "tools belong to a chat" in refused.output
+    assert refused.exit_code and "tools need a chat" in refused.output
     assert attnmem("build", "--system", "--tools", tmp_path / "hours.json", "--bytes", 10**6).exit_code == 0
     built = Memory.load(out)
     assert built.prefix_tools == [HOURS] and '"hours"' in built.prefix_text and built.prefix_date

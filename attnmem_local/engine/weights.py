@@ -1,4 +1,4 @@
-"""Weights in RAM once, however many contexts use them."""
+"""Sharing one copy of a model's weights between contexts."""
 
 import threading
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from llama_cpp._internals import LlamaModel
 
 
 class SharedModel(LlamaModel):
-    """A model that llama.cpp has loaded, freed when the last of its users closes it."""
+    """A loaded model with a reference count: it is freed when its last user closes it."""
 
-    n_users = 1
+    n_users = 1  # number of contexts that have not closed it
 
     def close(self) -> None:
         self.n_users -= 1
@@ -30,9 +30,9 @@ _loading = threading.Lock()
 
 @contextmanager
 def weights_of(owner: Llama | None) -> Iterator[None]:
-    """A Llama that is created meanwhile in this thread has a SharedModel: that of `owner`, if given.
+    """While active, a Llama created in this thread gets the SharedModel of `owner`, or a new one for None.
 
-    Llama has no parameter for a model that is loaded already.
+    A patch is needed, because Llama has no parameter for a model that is loaded already.
     """
     thread, load = threading.get_ident(), internals.LlamaModel
 

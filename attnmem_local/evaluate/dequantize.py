@@ -1,4 +1,4 @@
-"""An F32 copy of a GGUF: the model on which exactness can be judged, because no activation is quantized."""
+"""An F32 copy of a GGUF, for judging exactness: with F32 weights llama.cpp quantizes no activations."""
 
 import os
 
@@ -16,4 +16,4 @@ def write_f32(source: str | os.PathLike, target: str | os.PathLike) -> None:
     parameters.allow_requantize = True
     with replace_file(target) as part, suppress_stdout_stderr(disable=False):
         if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(part), parameters):
-            raise BadInput(f"'{source}' cannot be dequantized: it is no model that this llama.cpp knows")
+            raise BadInput(f"'{source}' cannot be dequantized: this llama.cpp does not know it as a model; give a GGUF model")

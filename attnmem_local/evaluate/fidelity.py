@@ -1,7 +1,6 @@
 """How well memories stand in for their prefix, measured in the llama.cpp runtime.
 
-KL is of the full-prefix distribution to the other one, in nats, per position of the live text. NLL is of the true
-text, in nats per token.
+KL is KL(full prefix‖other) per position of the live text, NLL is that of the live text itself per token; both in nats.
 """
 
 import os
@@ -12,11 +11,12 @@ from .scorer import Scorer, kl, nll
 
 
 def fidelity(model_path: str | os.PathLike, memory, windows: list[list[int]], **options) -> dict[str, float]:
-    """How well memories stand in for their prefix on held-out live text.
+    """Compare memories, the full prefix and no prefix on held-out live text.
 
-    memory: one or several, see MemoryLlama. windows: token sequences, each of which follows the prefix on its own.
-    The full-prefix run has the prefix of the first memory. options go to MemoryLlama.
-    Returns kl_mean, kl_median, top1 (share of positions with the same most likely token), nll_full, nll_memory, nll_none.
+    memory: one or several, see MemoryLlama; the full prefix is that of the first. windows: token sequences, each of which follows
+    the prefix directly. options: see MemoryLlama.
+    Returns kl_mean and kl_median of the memory, top1 (fraction of positions at which full prefix and memory have the same most
+    likely token), nll_full, nll_memory and nll_none.
     """
     n_live = max(map(len, windows))
     attached = Scorer(model_path, memory=memory, n_live=n_live, **options)

@@ -1,4 +1,4 @@
-"""The memories that are attached to one llama.cpp context."""
+"""The memories attached to one llama.cpp context."""
 
 import hashlib
 import os
@@ -15,13 +15,13 @@ from ..memory.errors import BadInput, MemoryRefused
 from ..memory.memory import Memory
 from .loaded import LoadedMemory, absolute, file_version
 
-LoadedFiles: TypeAlias = WeakValueDictionary[tuple[int, ...] | None, LoadedMemory]  # version of a file -> what is still held
+LoadedFiles: TypeAlias = WeakValueDictionary[tuple[int, ...] | None, LoadedMemory]  # file_version -> memory, while it is in use
 
 
 @dataclass(frozen=True)
 class Attached:
     memory: LoadedMemory
-    gain: float = 0.0  # added to the memory's log-sum-exp: 0 as it was built, −inf is off
+    gain: float = 0.0  # added to the memory's log-sum-exp: 0 leaves it as built, −inf turns it off
 
     def __post_init__(self):
         if not isinstance(self.gain, Real):
@@ -29,24 +29,23 @@ class Attached:
 
 
 class Attachments:
-    """What is attached to a context: the one owner of that state, whose changes are whole even if they are interrupted.
+    """The sole owner of a context's memories. A change takes effect as a whole, even if it is interrupted.
 
-    A change clears the context's KV cache, as the keys and values of live tokens depend on the memories from the second
-    layer on.
+    Each change clears the KV cache, because from the second layer on the keys and values of live tokens depend on the memories.
     """
 
     def __init__(self, context: LlamaContext, loaded: LoadedFiles, lookup: str = "auto", mapped: bool = False):
-        """loaded: files that are loaded for the model of the context; contexts of one model share it."""
+        """loaded: the memory files loaded for the context's model, shared by its contexts. mapped: see read_content."""
         self.context = context
         self.items: tuple[Attached, ...] = ()
         self.lookup = check_lookup(lookup)
         self.mapped = mapped
         self.loaded = loaded
-        self._revisions: tuple[int, ...] = ()  # of the items' rows, when the live tokens were last cleared
-        self._changing: tuple[Attached, ...] | None = None  # what the context may refer to during a change
+        self._revisions: tuple[int, ...] = ()  # revision of each item when the KV cache was last cleared
+        self._changing: tuple[Attached, ...] | None = None  # during a change, all that the context may refer to, to keep it alive
 
     def load(self, source: str | os.PathLike | Memory) -> LoadedMemory:
-        """A file is loaded once as long as the result is held, and again when it has changed; a Memory each time."""
+        """Load a memory. A file is loaded again only if it has changed or is no longer in use; a Memory is loaded every time."""
         if isinstance(source, Memory):
             return LoadedMemory(self.context.model, source)
         loaded = self.loaded.get(file_version(absolute(source)))
@@ -56,16 +55,16 @@ class Attachments:
         return loaded
 
     def attach(self, memory: str | os.PathLike | Memory | LoadedMemory, gain: float) -> LoadedMemory:
-        """Beside the others, or in the place of the same memory or of another version of its file."""
+        """Attach a memory beside the others; it takes the place of the same memory or of another version of its file."""
         loaded = memory if isinstance(memory, LoadedMemory) else self.load(memory)
-        same = [loaded.is_same(a.memory) for a in self.items]
-        others = [a for a, s in zip(self.items, same) if not s]
-        at = same.index(True) if True in same else len(others)
-        self._set((*others[:at], Attached(loaded, gain), *others[at:]), self.lookup)
+        replaced = [loaded.is_same(attached.memory) for attached in self.items]
+        others = [attached for attached, is_replaced in zip(self.items, replaced) if not is_replaced]
+        i = replaced.index(True) if True in replaced else len(others)
+        self._set((*others[:i], Attached(loaded, gain), *others[i:]), self.lookup)
         return loaded
 
     def detach(self, memory: str | os.PathLike | LoadedMemory | None) -> None:
-        """One memory, or all. Raises BadInput if it is not attached."""
+        """Detach one memory, or all for None. Raises BadInput if it is not attached."""
         if memory is None:
             kept: tuple[Attached, ...] = ()
         elif isinstance(memory, LoadedMemory):
@@ -73,7 +72,9 @@ class Attachments:
         else:
             kept = tuple(a for a in self.items if not a.memory.is_at(memory))
         if memory is not None and len(kept) == len(self.items):
-            raise BadInput(f"{memory if isinstance(memory, LoadedMemory) else repr(os.fsdecode(memory))} is not attached")
+            name = memory if isinstance(memory, LoadedMemory) else repr(os.fsdecode(memory))
+            attached = ", ".join(str(a.memory) for a in self.items) or "nothing"
+            raise BadInput(f"{name} is not attached; attached: {attached}")
         self._set(kept, self.lookup)
 
     def set_lookup(self, lookup: str) -> None:
@@ -86,17 +87,17 @@ class Attachments:
         self._changing = (*self.items, *items)
         try:
             self._apply(items, lookup)
-        except MemoryRefused:  # nothing was changed
+        except MemoryRefused:  # the native library has changed nothing
             self._changing = None
             raise
         self.items, self.lookup = items, lookup
         self.settle()
 
     def settle(self) -> None:
-        """Finish a change: the context then has exactly `items`, and no live token that was computed otherwise.
+        """Finish a change: the context then has exactly `items`, and no live token computed with other memories.
 
-        Called before each use of the context, as a change that was interrupted is finished here too: `items` are still
-        the old ones if it did not get far. Raises ValueError once the context is closed.
+        Called before each use of the context, so that a change that was interrupted is finished, or undone if `items` had not
+        been replaced yet. Raises ValueError once the context is closed.
         """
         if self.context.ctx is None:
             return
@@ -106,7 +107,7 @@ class Attachments:
         elif revisions == self._revisions:
             return
         if self.context.memory is not None:
-            llama_cpp.llama_memory_clear(self.context.memory, False)  # True would write zeros to all of the cache
+            llama_cpp.llama_memory_clear(self.context.memory, False)  # llama.cpp's KV cache; True would also zero its data
         self._revisions = revisions
         self._changing = None
 
@@ -114,12 +115,13 @@ class Attachments:
         native.set_memories(self.context.ctx, [a.memory.handle for a in items], [a.gain for a in items], lookup)
 
     def key(self) -> tuple[int, ...]:
-        """Numbers that no vocabulary has as tokens, for what is attached; empty when nothing is."""
-        what = repr([(a.memory.fingerprint, float(a.gain)) for a in self.items])
-        return tuple(-1 - byte for byte in hashlib.blake2b(what.encode(), digest_size=8).digest()) if self.items else ()
+        """A hash of the attached memories and gains, as 8 negative numbers so that none is a token; empty without memories."""
+        attached = repr([(a.memory.fingerprint, float(a.gain)) for a in self.items])
+        return tuple(-1 - byte for byte in hashlib.blake2b(attached.encode(), digest_size=8).digest()) if self.items else ()
 
 
 def check_lookup(lookup: str) -> str:
-    if lookup not in (*native.LOOKUPS,):  # a tuple, as a lookup that is not hashable is wrong too
+    """The same lookup. Raises BadInput if there is no such lookup."""
+    if lookup not in (*native.LOOKUPS,):  # a tuple: in the dict itself, a value that cannot be hashed would raise TypeError
         raise BadInput(f"lookup must be one of {sorted(native.LOOKUPS)}, not {lookup!r}")
     return lookup

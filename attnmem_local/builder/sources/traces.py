@@ -54,7 +54,7 @@ def traces(tokenizer, prefix: Prefix, found: list[str | list[dict] | list[int]],
             else:
                 tokens = live_chat(tokenizer, prefix, trace, add_generation_prompt=False)
         except BadInput as error:
-            kind = PrefixMismatch if isinstance(error, PrefixMismatch) else ValueError
+            kind = PrefixMismatch if isinstance(error, PrefixMismatch) else BadInput
             raise kind(f"trace {number}: {error}") from None
         windows += [tokens[i : i + window] for i in range(0, len(tokens), window)]
     return [w for w in windows if w]
