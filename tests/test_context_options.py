@@ -11,8 +11,8 @@ from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from attnmem_local.builder.build import exact_memory
 from attnmem_local.builder.capture import prefill
-from attnmem_local.cli.common import KV_TYPES
 from attnmem_local.engine import native
+from attnmem_local.engine.kv_cache import KV_TYPES
 from attnmem_local.evaluate.scorer import Scorer, kl, log_softmax
 from attnmem_local.memory import errors
 from attnmem_local.memory.prefix import Prefix

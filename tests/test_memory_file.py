@@ -394,10 +394,11 @@ def test_a_failed_write_keeps_the_old_file(tiny, good, monkeypatch):
     path = tiny.save(good, "kept")
     before = path.read_bytes()
 
-    def interrupted(self, *args, **kwargs):
+    def interrupted(memory, file):
+        file.write(before[: len(before) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", interrupted)
+    monkeypatch.setattr("attnmem_local.memory.memory.write_memory", interrupted)
     with pytest.raises(KeyboardInterrupt):
         good.save(path)
     assert path.read_bytes() == before

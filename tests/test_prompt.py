@@ -363,7 +363,7 @@ def test_a_message_that_is_none_is_one_clear_error(default, message, says):
     ):
         with pytest.raises(ValueError, match=says) as error:
             act()
-        assert type(error.value) is ValueError and "\n" not in str(error.value)
+        assert type(error.value) is errors.BadInput and "\n" not in str(error.value)
 
 
 def test_a_prompt_that_is_not_unicode_is_one_clear_error(files):
@@ -371,7 +371,7 @@ def test_a_prompt_that_is_not_unicode_is_one_clear_error(files):
     llama = files.llama(Prefix(files.tiny.model.tokenizer.encode(text, add_bos=True), text))
     with pytest.raises(ValueError, match="half a character") as error:
         llama.create_completion("caf\udce9")
-    assert type(error.value) is ValueError
+    assert type(error.value) is errors.BadInput
 
 
 # what a memory's chat begins with
@@ -563,9 +563,9 @@ def test_build_and_update_take_a_file_of_tools(files, tmp_path):
         return CliRunner().invoke(main, [*map(str, [*before, tmp_path / "handbook.md", "-o", out, "-q", "repeat", *args])])
 
     refused = attnmem("build", "--system", "--tools", tmp_path / "bad.json")
-    assert refused.exit_code and "bad.json" in refused.output and "tools are a JSON list" in " ".join(refused.output.split())
+    assert refused.exit_code and "bad.json" in refused.output and "tools must be a JSON list" in " ".join(refused.output.split())
     refused = attnmem("build", "--tools", tmp_path / "hours.json")
-    assert refused.exit_code and "tools belong to a chat" in refused.output
+    assert refused.exit_code and "tools need a chat" in refused.output
     assert attnmem("build", "--system", "--tools", tmp_path / "hours.json", "--bytes", 10**6).exit_code == 0
     built = Memory.load(out)
     assert built.prefix_tools == [HOURS] and '"hours"' in built.prefix_text and built.prefix_date

@@ -37,7 +37,7 @@ class BuildModel:
     tokenizer: Tokenizer
     spec: ModelSpec
     interleaved: bool  # GGUF order of a head: gguf[2i] = hf[i], gguf[2i + 1] = hf[i + d/2]
-    file_name: str | None = None  # of the GGUF, without its folder: the memory file names it for the runtime
+    file_name: str | None = None  # of the GGUF or directory, without its folder: the runtime finds the model by it
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +98,7 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel
         vocab = reader.fields["tokenizer.ggml.tokens"].contents()
     module = module.eval().requires_grad_(False)
     spec = _spec(module.config, fingerprint_norms(tensors), fingerprint_vocab(vocab))
-    return BuildModel(module, tokenizer, spec, _architecture(module.config)[1], None if path.is_dir() else path.name)
+    return BuildModel(module, tokenizer, spec, _architecture(module.config)[1], path.name)
 
 
 def _check_device(device: str) -> None:

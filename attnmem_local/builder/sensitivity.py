@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..library import cache_folder
 from ..memory.errors import BadInput
 from ..memory.files import replace_file
 from ..memory.spec import ModelSpec
@@ -28,9 +29,8 @@ _log = logging.getLogger(__name__)
 
 
 def cache_path(model: BuildModel) -> Path:
-    """Where the sensitivity of a model is kept. Raises RuntimeError if the user has no home folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "attnmem" / f"sensitivity-{model.spec.fingerprint_norms}-{model.spec.block_count}.safetensors"
+    """Where the sensitivity of a model is kept. Raises BadInput if the user has no home folder."""
+    return cache_folder() / f"sensitivity-{model.spec.fingerprint_norms}-{model.spec.block_count}.safetensors"
 
 
 def sensitivity(build: Build) -> torch.Tensor:
@@ -43,7 +43,7 @@ def sensitivity(build: Build) -> torch.Tensor:
     spec = build.model.spec
     try:
         path = cache_path(build.model)
-    except RuntimeError as error:
+    except BadInput as error:
         _log.warning("the sensitivity of the model cannot be cached: %s", error)
         path = None
     if path is not None and (cached := _cached(path, spec)) is not None:
@@ -136,5 +136,5 @@ def is_cached(model: BuildModel) -> bool:
     """Whether there is a cache file for the model. Whether it is intact is not checked."""
     try:
         return cache_path(model).exists()
-    except (OSError, RuntimeError):  # no home folder, or an unreadable one
+    except (OSError, BadInput):  # no home folder, or an unreadable one
         return False

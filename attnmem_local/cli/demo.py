@@ -3,20 +3,15 @@
 import os
 import statistics
 import time
-from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..library import DEFAULT_MODEL
+from ..library import find_model, in_checkout
 from .terminal import printable
 
-ROOT = Path(__file__).parents[2]
-HANDBOOK = ROOT / "build/tree/vendor/llama.cpp/tools/server/README.md"
+HANDBOOK = "build/tree/vendor/llama.cpp/tools/server/README.md"  # in the checkout
 HANDBOOK_CHARACTERS = 6000
-MEMORY = ROOT / "build/demo.mem.gguf"
+OUT = "build/demo.mem.gguf"  # in the checkout
 QUESTIONS = (
     "What is this handbook about?",  # its answers are shown; the KL is over all
     "Which option sets the number of threads to use?",
@@ -28,7 +23,17 @@ ANSWER_TOKENS = 48
 
 @click.command()
 def demo() -> None:
-    """Build a memory of a real handbook, answer a question with it, and show what it saves."""
+    """Build a memory, use it, show what it saves.
+
+    The prefix is a real handbook: the README of llama.cpp's server.
+    """
+    handbook, model = in_checkout(HANDBOOK, "the demo"), find_model("default")
+    out = in_checkout("build", "the demo").parent / OUT
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from ..builder.build import build_memory
     from ..builder.progress import Progress
     from ..engine.tokenizer import GgufTokenizer
@@ -36,21 +41,21 @@ def demo() -> None:
     from ..prompt.live import live_chat
 
     console = Console()
-    text = HANDBOOK.read_text(encoding="utf-8")[:HANDBOOK_CHARACTERS]
+    text = handbook.read_text(encoding="utf-8")[:HANDBOOK_CHARACTERS]
     messages = [{"role": "system", "content": "Answer questions about this handbook.\n\n" + text}]
     progress = Progress()
     start = time.monotonic()
-    memory = build_memory(DEFAULT_MODEL, messages, MEMORY, progress=progress)
-    console.print(f"built {MEMORY.relative_to(ROOT)} from the README of llama.cpp's server in {time.monotonic() - start:.0f} s\n")
+    memory = build_memory(model, messages, out, progress=progress)
+    console.print(f"built {OUT} from the README of llama.cpp's server in {time.monotonic() - start:.0f} s\n")
 
-    tokenizer = GgufTokenizer(DEFAULT_MODEL)
+    tokenizer = GgufTokenizer(model)
     asked = {question: live_chat(tokenizer, memory.prefix, [{"role": "user", "content": question}]) for question in QUESTIONS}
-    runs = {"full prefix": {"prefix": memory.prefix_tokens}, "memory": {"memory": MEMORY}, "no prefix": {}}
+    runs: dict[str, dict] = {"full prefix": {"prefix": memory.prefix_tokens}, "memory": {"memory": out}, "no prefix": {}}
     first_token: dict[str, float] = {}  # from nothing loaded: model, prefix or memory, question
     scorers = {}
     for name, options in runs.items():
         start = time.monotonic()
-        scorers[name] = Scorer(DEFAULT_MODEL, n_threads=os.cpu_count(), **options)
+        scorers[name] = Scorer(model, n_threads=os.cpu_count(), **options)
         next(scorers[name].decode(asked[QUESTIONS[0]], 1))
         first_token[name] = time.monotonic() - start
 

@@ -84,7 +84,9 @@ def state(handle: int, layer: int, q: np.ndarray, lookup: str) -> np.ndarray:
     q: float32 [n_tokens, n_head, d_k], after RoPE, in GGUF order.
     Returns float32 [n_tokens, n_head, d_v + 1], the log-sum-exp last. Raises ValueError for another shape.
     """
-    n_head, d_k, d_v = (int(metadata(handle, f"attnmem.attention.{key}")) for key in ("head_count", "key_length", "value_length"))
+    n_head, d_k, d_v = (
+        int(metadata(handle, f"attnmem.attention.{key}") or 0) for key in ("head_count", "key_length", "value_length")
+    )
     if q.ndim != 3 or q.shape[1:] != (n_head, d_k):
         raise ValueError(f"queries have shape {q.shape}, expected [n_tokens, {n_head}, {d_k}]")
     q = np.ascontiguousarray(q, dtype=np.float32)

@@ -1,1 +1,1 @@
-"""What memories are compared with, each measured on the same prefixes, scored text and bytes."""
+"""What memories are compared with, on the same prefixes, scored text and bytes."""

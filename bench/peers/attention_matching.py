@@ -1,4 +1,4 @@
-"""Plain attention matching, with the same number of keys in every head.
+"""Attention matching with the same number of keys in each head.
 
 Fast KV Compaction via Attention Matching (arXiv 2602.16284): keep the keys with the highest attention over reference
 queries, fit a bias per key so that the attention mass is kept, then fit the values so that the outputs are kept.
@@ -8,15 +8,16 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from prefixes import Case, builder, f32_model
-from scoring import kv_bytes, score
 
-from attnmem_local.builder.capture import capture, prefill
 from attnmem_local.memory.entries import Entries, LayerMemory
 from attnmem_local.memory.memory import Memory
 
-N_QUERIES = 8192  # per KV head, drawn from those of the build text
-RIDGE = 1e-3  # of the mean of the Gram diagonal, pulls the values to the original ones; by error on held-back build text
+from ..common.builder import build_model, captured, gguf_order
+from ..common.cases import Case, f32_model
+from ..common.scoring import kv_bytes, score
+
+N_QUERIES = 8192  # per KV head, drawn from the build text
+RIDGE = 1e-3  # times the mean of the Gram diagonal: pulls values to the original ones; chosen by error on held-back build text
 NNLS_STEPS = 300
 MAX_BIAS = 10.0
 
@@ -31,26 +32,24 @@ def attention_matching(case: Case, share: float) -> dict:
 
 
 def matching_memory(case, share: float) -> Memory:
-    """case: anything with a prefix and build_windows()."""
-    model, spec, prefix = builder(), builder().spec, case.prefix
-    kv, captured = _captured(case)
+    """case: anything with a prefix and build_windows."""
+    spec, prefix = build_model().spec, case.prefix
+    kv, layers_seen = _captured(case)
     per_key = 2 * spec.key_length + 2 * spec.value_length + 4
-    n = int(share * kv_bytes(case) / (spec.block_count * spec.head_count_kv) / per_key)
+    n = int(share * kv_bytes(len(prefix.tokens)) / (spec.block_count * spec.head_count_kv) / per_key)
     layers = {}
-    for il, (q, o, lse) in enumerate(captured):
+    for il, (q, o, lse) in enumerate(layers_seen):
         heads = [fit_head(*head, spec.scale, n) for head in zip(q, o, lse, kv.k[il], kv.v[il])]
         key, bias, value = (np.concatenate(parts) for parts in zip(*heads))
-        key = model.to_gguf_order(torch.from_numpy(key)).numpy()
-        layers[il] = LayerMemory(anchor=Entries(key, bias, value, np.arange(spec.head_count_kv + 1, dtype=np.int32) * n))
+        offset = np.arange(spec.head_count_kv + 1, dtype=np.int32) * n
+        layers[il] = LayerMemory(anchor=Entries(gguf_order(torch.from_numpy(key)), bias, value, offset))
     return Memory(spec, prefix.tokens, prefix.text, [layers], prefix.offset, prefix.messages)
 
 
 @lru_cache(maxsize=1)
 def _captured(case):
     """Keys and values of the prefix; per layer q [n_head_kv, n, d_k], o [n_head_kv, n, d_v], lse [n_head_kv, n]."""
-    model = builder()
-    kv = prefill(model, case.prefix.tokens)
-    layers = capture(model, kv, case.build_windows())
+    kv, layers = captured(case.prefix, case.build_windows)
     n = layers[0].q.shape[1]
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:N_QUERIES]
     return kv, [(layer.q[:, drawn], layer.o[:, drawn], layer.lse[:, drawn]) for layer in layers]
@@ -65,7 +64,7 @@ def fit_head(q, o, lse, k, v, scale: float, n: int) -> tuple[np.ndarray, np.ndar
     attention = torch.exp(scale * q @ k.T - lse[:, None])
     kept = attention.square().mean(0).topk(n).indices.sort().values
     key = k[kept].half()
-    a = torch.exp(scale * q @ key.float().T - lse[:, None]).double().numpy()  # mass of a kept key, all keys together have 1
+    a = torch.exp(scale * q @ key.float().T - lse[:, None]).double().numpy()  # mass of a kept key; that of all keys is 1
     weight = nonnegative_least_squares(a)
     x = a * weight
     x /= x.sum(1, keepdims=True)

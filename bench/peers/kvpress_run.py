@@ -1,4 +1,4 @@
-"""Presses of NVIDIA kvpress, run by an interpreter that has it (requirements.txt).
+"""Presses of NVIDIA kvpress, run by presses.py with an interpreter that has them (requirements.txt).
 
     python kvpress_run.py JOB.json
 
@@ -6,26 +6,26 @@ JOB: {"gguf": path, "prefix": tokens, "chat": whether the prefix ends in an open
       "windows": [{"tokens": tokens, "n_given": how many are not scored}]}
 or, to classify (the answers are the most probable labels after the tests):
      {"gguf", "prefix", "chat", "labels": [tokens], "tests": [tokens]}
-Then every line of standard input is a press and the share of the KV cache to keep, e.g. "SnapKV 0.125", and every line
-of standard output is {"kl", "nll", "top1", "share", "nll_full"}, or {"answers", "share", "ms_per_test"}, or {"error"}.
+Each line of standard input is a press and the share of the KV cache to keep, such as "SnapKV 0.125"; each line of standard output
+is what metrics.compare gives, with "share" and "nll_full", or {"answers", "share", "ms_per_test"}, or {"error"}.
 KL is to the full cache in this process.
 """
 
 import copy
 import json
-import math
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import kvpress
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 
-sys.path.insert(1, str(Path(__file__).parents[1]))
-from labels import most_probable
+from bench.common.labels import most_probable
+from bench.common.metrics import compare
 
 PRESSES = {
     "Knorm": kvpress.KnormPress,
@@ -41,7 +41,7 @@ TURN = "{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n"
 def attend_kept(module, query, key, value, attention_mask, scaling=None, **_):
     """Causal attention without the keys that a press of uneven budgets marks as dropped in its attention layer.
 
-    kvpress itself looks for a fake key that no query of the call attends to, which need not exist for many queries.
+    kvpress itself looks for a fake key that no query of the call attends to; with many queries there may be none.
     """
     n_q, n = query.shape[2], key.shape[2]
     mask = torch.ones(n_q, n, dtype=torch.bool).tril(n - n_q).repeat(1, key.shape[1], 1, 1)
@@ -67,13 +67,13 @@ class Runner:
         self.labels = [tuple(label) for label in job.get("labels", [])]
         self.tests = job.get("tests", [])
 
-        self.folder = tempfile.TemporaryDirectory()  # KVzip loads the tokenizer again from where the model came from
+        self.folder = tempfile.TemporaryDirectory()  # KVzip loads the tokenizer again, from the folder of the model
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.chat_template = TURN if job["chat"] else None
         tokenizer.save_pretrained(self.folder.name)
         self.model.config.name_or_path = self.folder.name
 
-        self.layers = []  # of every layer what a press sees: attention module, arguments, output
+        self.layers = []  # what a press sees of each layer: attention module, arguments, output
         self.cache = transformers.DynamicCache()
         self.prefill()
         self.full = self.log_probs(self.cache)
@@ -93,7 +93,7 @@ class Runner:
         """The KV cache of the prefix after a press, rounded to float16."""
         for module, *_ in self.layers:
             module.masked_key_indices = None
-        if isinstance(press, kvpress.KVzipPress):  # runs the model again, by itself
+        if isinstance(press, kvpress.KVzipPress):  # it runs the model itself
             self.model.set_attn_implementation("sdpa")
             cache = transformers.DynamicCache()
             with press(self.model):
@@ -115,15 +115,15 @@ class Runner:
             n += layer.keys.shape[1] * layer.keys.shape[2] - (0 if masked is None else len(masked[0]))
         return n / (self.prefix.shape[1] * self.model.config.num_key_value_heads * len(cache.layers))
 
-    def log_probs(self, cache) -> list[torch.Tensor]:
-        """Per window float32 [n_scored, n_vocab]; positions go on after the whole prefix."""
+    def log_probs(self, cache) -> list[np.ndarray]:
+        """Of each window float32 [n_scored, n_vocab]; its positions follow the whole prefix."""
         self.model.set_attn_implementation("attend_kept")
         rows = []
         for window in self.windows:
             tokens = torch.tensor([window["tokens"]])
             positions = self.prefix.shape[1] + torch.arange(tokens.shape[1])[None]
             logits = self.model(input_ids=tokens, position_ids=positions, past_key_values=copy.deepcopy(cache)).logits[0]
-            rows.append(logits[max(window["n_given"] - 1, 0) :].log_softmax(-1))
+            rows.append(logits[max(window["n_given"] - 1, 0) :].log_softmax(-1).numpy())
         return rows
 
     def classify(self, cache) -> list[int]:
@@ -143,26 +143,16 @@ class Runner:
 
     def run(self, name: str, share: float) -> dict:
         cache = self.compress(PRESSES[name](1 - share))
+        share = self.kept(cache)  # before live tokens are added
         if self.tests:
-            start, kept = time.perf_counter(), self.kept(cache)  # before live tokens are added
-            found = {"answers": self.classify(cache), "share": kept}
-            return found | {"ms_per_test": 1000 * (time.perf_counter() - start) / len(self.tests)}
-        result = compare(self.full, self.log_probs(cache), self.windows)
-        return result | {"share": self.kept(cache), "nll_full": compare(self.full, self.full, self.windows)["nll"]}
-
-
-def compare(full: list[torch.Tensor], found: list[torch.Tensor], windows: list[dict]) -> dict:
-    divergence, loss, agree = [], [], []
-    for p, q, window in zip(full, found, windows):
-        p, q = p.double(), q.double()
-        true = torch.tensor(window["tokens"][max(window["n_given"], 1) :])
-        divergence.append((p.exp() * (p - q)).sum(-1))
-        loss.append(-q[: len(true)].gather(1, true[:, None])[:, 0])
-        agree.append((p.argmax(-1) == q.argmax(-1)).double())
-    result = {name: float(torch.cat(x).mean()) for name, x in (("kl", divergence), ("nll", loss), ("top1", agree))}
-    if not math.isfinite(result["kl"]):
-        raise ValueError("the KL is not finite")
-    return result
+            start = time.perf_counter()
+            answers = self.classify(cache)
+            return {"answers": answers, "share": share, "ms_per_test": 1000 * (time.perf_counter() - start) / len(self.tests)}
+        texts = [window["tokens"][max(window["n_given"] - 1, 0) :] for window in self.windows]
+        result = compare(self.full, self.log_probs(cache), texts)
+        if not np.isfinite(result["kl"]):
+            raise ValueError("the KL is not finite")
+        return result | {"share": share, "nll_full": compare(self.full, self.full, texts)["nll"]}
 
 
 @torch.inference_mode()
@@ -174,7 +164,7 @@ def main() -> None:
         name, share = line.split()
         try:
             result = runner.run(name, float(share))
-        except Exception as error:  # one press that fails is a row of the table, not the end of it
+        except Exception as error:  # a row of the table, not the end of the run
             result = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(result), flush=True)
 

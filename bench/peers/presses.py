@@ -1,4 +1,4 @@
-"""NVIDIA kvpress, in an environment of its own: it wants an older transformers than the builder."""
+"""Presses of NVIDIA kvpress, in an environment apart: they need an older transformers than the builder."""
 
 import json
 import os
@@ -7,7 +7,10 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from prefixes import BUILD, Case, f32_model
+import torch
+
+from ..common.cases import Case, f32_model
+from ..common.paths import BUILD, ROOT
 
 VENV = BUILD / "kvpress-venv"
 PYTHON = VENV / "bin/python"
@@ -17,7 +20,10 @@ PRESSES = ("Knorm", "SnapKV", "ExpectedAttention", "KVzip", "AdaKV-ExpectedAtten
 
 def kvpress(case: Case, share: float, press: str) -> dict:
     """Raises RuntimeError with what the press says when it fails."""
-    process = _process(case)
+    return run(_process(case), press, share)
+
+
+def run(process: subprocess.Popen, press: str, share: float) -> dict:
     process.stdin.write(f"{press} {share}\n")
     process.stdin.flush()
     line = process.stdout.readline()
@@ -30,19 +36,18 @@ def kvpress(case: Case, share: float, press: str) -> dict:
 @lru_cache(maxsize=1)
 def _process(case: Case) -> subprocess.Popen:
     """Runs presses on one case until its standard input is closed."""
+    windows = [{"tokens": w.tokens, "n_given": w.n_given} for w in case.windows]
+    return start(case, f32_model(), case.prefix.messages is not None, windows=windows)
+
+
+def start(case, model: Path, chat: bool, **job) -> subprocess.Popen:
+    """kvpress_run.py on a job, whose fields it describes; case: anything with a prefix and a folder."""
     install()
-    job = {
-        "gguf": str(f32_model()),
-        "prefix": case.prefix.tokens,
-        "chat": case.prefix.messages is not None,
-        "windows": [{"tokens": w.tokens, "n_given": w.n_given} for w in case.windows],
-    }
     path = case.folder / "kvpress-job.json"
-    path.write_text(json.dumps(job))
-    script = Path(__file__).with_name("kvpress_run.py")
-    command = [PYTHON, script, path]
-    quiet = os.environ | {"TQDM_DISABLE": "1"}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
+    path.write_text(json.dumps({"gguf": str(model), "prefix": case.prefix.tokens, "chat": chat, **job}))
+    command = [PYTHON, Path(__file__).with_name("kvpress_run.py"), path]
+    environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def install() -> None:
@@ -56,7 +61,9 @@ def install() -> None:
 
 
 def versions() -> dict[str, str]:
+    """Of kvpress and what it runs on; empty without its environment."""
     names = ("kvpress", "torch", "transformers")
     code = f"from importlib.metadata import version; print(*map(version, {names}))"
-    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.split() if PYTHON.exists() else ()
-    return {name if name == "kvpress" else f"{name} for kvpress": value for name, value in zip(names, found)}
+    if not PYTHON.exists():
+        return {}
+    return dict(zip(names, subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.split()))

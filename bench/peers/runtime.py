@@ -1,10 +1,10 @@
 """What llama.cpp itself offers: a shorter prefix, and a quantized KV cache."""
 
-from prefixes import Case, f32_model
-from scoring import score
+from ..common.cases import Case, f32_model
+from ..common.scoring import score
 
 Q4_0, Q8_0 = 2, 8  # ggml_type
-# bytes of a block of 32 values against float16
+# ggml_type, and bytes of a block of 32 values as a share of float16
 QUANTIZED = {"q8_0": (Q8_0, 34 / 64), "q4_0": (Q4_0, 18 / 64)}
 
 
@@ -13,12 +13,12 @@ def full_prefix(case: Case) -> dict:
 
 
 def no_prefix(case: Case) -> dict:
-    """Nothing but the turns of the chat template."""
+    """Only the turns of the chat template."""
     return score(case, f32_model(), truncate(case, 0, "last"))
 
 
 def truncated(case: Case, share: float) -> dict:
-    """The prefix is cut to its last or its first tokens, whichever has the lower KL."""
+    """The prefix cut to its last or its first tokens, whichever gives the lower KL."""
     runs = {}
     for end in ("last", "first"):
         prefix = truncate(case, int(share * len(case.prefix.tokens)), end)
@@ -28,7 +28,7 @@ def truncated(case: Case, share: float) -> dict:
 
 
 def truncate(case: Case, n: int, end: str) -> list[int]:
-    """n tokens of the prefix, those of the chat template always among them."""
+    """n tokens of the prefix; those of the chat template are always kept."""
     head, tail = case.frame
     tokens = case.prefix.tokens
     document = tokens[head : len(tokens) - tail]

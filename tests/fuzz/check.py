@@ -16,7 +16,7 @@ from attnmem_local.memory.entries import KINDS
 from attnmem_local.memory.errors import MemoryRefused, Unsupported
 from attnmem_local.memory.memory import Memory
 from attnmem_local.memory.tables import rows
-from attnmem_local.memory.writer import _tensors
+from attnmem_local.memory.writer import tensors
 from attnmem_local.runtime.loaded import LoadedMemory
 
 from .bases import Base
@@ -146,7 +146,8 @@ def _logits(scorer: Scorer, memory: LoadedMemory, lookup: str) -> np.ndarray | E
     """float32 [n_tokens, n_vocab] of a batch of tokens and then one by one."""
     llama = scorer.llama
     try:
-        llama._lookup = lookup
+        llama.detach()
+        llama.set_lookup(lookup)
         llama.attach(memory)
         llama._ctx.kv_cache_seq_rm(-1, 0, -1)
         rows = []
@@ -178,7 +179,7 @@ def _entries(layer):
 def _key(memory: Memory) -> bytes:
     """Of all that the runtime computes with."""
     hash = hashlib.blake2b(repr((asdict(memory.model), memory.token_top_k)).encode(), digest_size=16)
-    for name, array in _tensors(memory):
+    for name, array in tensors(memory):
         hash.update(f"{name} {array.dtype} {array.shape}".encode())
         hash.update(np.ascontiguousarray(array))
     return hash.digest()

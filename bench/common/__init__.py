@@ -1,0 +1,1 @@
+"""What several commands need: the prefixes, scoring, records, random models."""

@@ -1,0 +1,92 @@
+"""All that bench takes from inside the builder: memories that no option of a build makes, queries, and sizes."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from attnmem_local.builder.budget import TOKENS, curves, head_bytes, plan_for_bytes, uniform_plan
+from attnmem_local.builder.capture import PrefixKV, capture, prefill, spread
+from attnmem_local.builder.entries.target import Target
+from attnmem_local.builder.fit import fit_memory
+from attnmem_local.builder.job import Build, LiveText
+from attnmem_local.builder.model import BuildModel, fingerprint_norms, fingerprint_vocab, load_model
+from attnmem_local.builder.progress import Progress
+from attnmem_local.builder.search.index import searchable
+from attnmem_local.builder.search.lists import n_lists
+from attnmem_local.builder.sensitivity import sensitivity
+from attnmem_local.builder.size import default_bytes
+from attnmem_local.builder.sources import WINDOW
+from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
+from attnmem_local.builder.sources.self_study import STUDY_WINDOW, self_study
+from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.memory import Memory
+from attnmem_local.memory.prefix import Prefix
+
+__all__ = ["fingerprint_norms", "fingerprint_vocab", "n_lists", "searchable"]  # for random memories and models
+
+
+@lru_cache(maxsize=1)
+def build_model() -> BuildModel:
+    """The default model."""
+    return load_model(DEFAULT_MODEL)
+
+
+def new_build(prefix: Prefix, windows, model: BuildModel | None = None, seed: int = 0) -> Build:
+    """A build that has come as far as the fit, for live text like these windows."""
+    model = model or build_model()
+    return Build(model, prefix, seed, Progress(), kv=prefill(model, prefix.tokens), text=LiveText(windows))
+
+
+def study_windows(prefix: Prefix, n_study: int) -> list[list[int]]:
+    """What a build without traces is made from: the prefix repeated, and windows of self-study."""
+    return repeat_prefill(prefix, WINDOW) + self_study(new_build(prefix, []), n_study, STUDY_WINDOW)
+
+
+def held_out_study(prefix: Prefix, model: BuildModel, n_study: int, seed: int) -> tuple[PrefixKV, list[list[int]]]:
+    """Keys and values of a prefix, and windows of self-study that its memory was not built from."""
+    build = new_build(prefix, [], model, seed)
+    return build.kv, self_study(build, n_study, STUDY_WINDOW)
+
+
+def captured(prefix: Prefix, windows: list[list[int]]) -> tuple[PrefixKV, list[Target]]:
+    """Keys and values of a prefix; for each layer the queries of these windows and their states over the prefix."""
+    kv = prefill(build_model(), prefix.tokens)
+    return kv, capture(build_model(), kv, windows)
+
+
+def uniform_memory(prefix: Prefix, windows, anchors: int = 0, entries: int = 0, heads=..., eight_bit: bool = False) -> Memory:
+    """The same number of anchors in each KV head; looked-up entries in some heads (an index [segment, layer, head]) or in all.
+
+    Entries are residuals over anchors, centroids without them.
+    """
+    plan = uniform_plan(build_model().spec, anchors=anchors, eight_bit=eight_bit)
+    plan.entries[heads] = entries
+    return fit_memory(new_build(prefix, windows), plan)
+
+
+def half_precision_memory(prefix: Prefix, windows, nbytes: int) -> Memory:
+    """The anchors that a build for a number of bytes chooses, in F16 tables, which take more bytes."""
+    build = new_build(prefix, windows)
+    return fit_memory(build, replace(plan_for_bytes(build, nbytes), eight_bit=False))
+
+
+def most_sensitive(prefix: Prefix, windows, anchors: int, n: int) -> tuple[np.ndarray, ...]:
+    """Index of the n heads [segment, layer, KV head] in which this number of anchors alone raises the KL most."""
+    build = new_build(prefix, windows)
+    targets = capture(build.model, build.kv, spread(windows, TOKENS))
+    by_head = curves(build, targets, sensitivity(build), lambda n: None)
+    worst = sorted(by_head, key=lambda head: -by_head[head].kl_of(anchors))[:n]
+    return tuple(np.array(worst).T)
+
+
+def default_anchors(spec, n_tokens: int, n_parameters: int) -> float:
+    """How many anchors in all a default build has for a prefix of n_tokens tokens."""
+    nbytes = default_bytes(n_tokens * spec.kv_bytes_per_token(), n_parameters)
+    return nbytes / head_bytes(spec, 1, n_tokens + 1, eight_bit=True)
+
+
+def gguf_order(key: torch.Tensor) -> np.ndarray:
+    """Keys or queries in the order of the GGUF, float32."""
+    return build_model().to_gguf_order(key).cpu().numpy()

@@ -1,0 +1,1 @@
+"""Memories on a GPU; bench/gpu.sh runs it."""

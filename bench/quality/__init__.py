@@ -1,0 +1,1 @@
+"""How well a memory stands in for its prefix."""

@@ -1,0 +1,1 @@
+"""What a memory costs: a token, a search, a build."""

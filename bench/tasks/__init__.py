@@ -1,0 +1,1 @@
+"""Whether a memory answers questions as well as its prefix."""
