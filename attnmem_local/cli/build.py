@@ -39,7 +39,11 @@ from .common import (
     help="Looked-up entries per KV head, in addition to the size. They correct the anchors; with --anchors 0 they are all of "
     "the memory, as in the paper.  [default: none; with traces, where held-out traces show that they pay]",
 )
-@click.option("--table", type=click.Choice(("centroid", "tangent")), help="What is looked up with --anchors 0.  [default: centroid, as in the paper]")
+@click.option(
+    "--table",
+    type=click.Choice(("centroid", "tangent")),
+    help="What is looked up with --anchors 0.  [default: centroid, as in the paper]",
+)
 @click.option("--system", is_flag=True, help="The text of PREFIX is the system message of a chat.")
 @tools_option
 @seed_option
