@@ -13,7 +13,7 @@ from .show import show
 from .update import update
 
 
-@click.group(cls=Group)
+@click.group("attnmem", cls=Group)
 @click.version_option(package_name="attnmem-local")
 def main() -> None:
     """Attention-state memory for llama.cpp: a long prefix for the price of none.

@@ -46,11 +46,11 @@ def run(
     Memories may also be given by -M alone: attnmem run -M handbook -M prices "…"
     """
     memory, prompt = _memory_and_prompt(context, words, bool(more))
-    memories, model = memories_and_model(memory, more, model)
     if prompt == "-":
         prompt = decode(sys.stdin.buffer.read(), "standard input")
     else:
         prompt = decode(prompt.encode("utf-8", "surrogateescape"), "PROMPT")
+    memories, model = memories_and_model(memory, more, model)
 
     from ..conversation import answer, open_llama
 
