@@ -37,12 +37,12 @@ def memory(tiny):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def questions(monkeypatch):
     """The messages that were answered, in order."""
-    questions = []
+    asked = []
     ask = Conversation.ask
-    monkeypatch.setattr(Conversation, "ask", lambda self, question: questions.append(question) or ask(self, question))
-    return questions
+    monkeypatch.setattr(Conversation, "ask", lambda self, question: asked.append(question) or ask(self, question))
+    return asked
 
 
 @pytest.fixture
@@ -147,24 +147,24 @@ def test_a_context_that_has_no_room(tiny, memory, monkeypatch):
         open_llama(tiny.path, (memory,), 256)
 
 
-def test_a_full_context_forgets_the_oldest_turns(pipe, asked):
+def test_a_full_context_forgets_the_oldest_turns(pipe, questions):
     messages = [f"{name} " * 60 for name in ("one", "two", "red")]
     done = pipe("\n\n   \r\n".join(messages).encode())  # nothing is asked by an empty line
-    assert asked == [m.rstrip() for m in messages] and done.exit_code == 0
-    assert done.stderr.count("the answer was cut, the context of 256 tokens is full") == 3
+    assert questions == [m.rstrip() for m in messages] and done.exit_code == 0
+    assert done.stderr.count("the answer was cut short, the context of 256 tokens is full") == 3
     assert done.stderr.count("the oldest turn is forgotten") == 2
 
 
-def test_an_error_costs_one_message(pipe, asked):
+def test_an_error_costs_one_message(pipe, questions):
     done = pipe(b"word " * 2000 + b"\nCaf\xe9 please\n" + b"Hi " * 60 + b"\n/nonsense\n/bye\nnever\n")
-    assert asked[1:] == ["Hi " * 59 + "Hi"] and done.exit_code == 1
+    assert questions[1:] == ["Hi " * 59 + "Hi"] and done.exit_code == 1
     assert "choose a larger --ctx" in done.stderr and "WINDOWS-1252" in done.stderr and "no command /nonsense" in done.stderr
 
 
-def test_a_chat_on_a_memory_of_text_is_refused_before_the_first_question(tiny, asked):
+def test_a_chat_on_a_memory_of_text_is_refused_before_the_first_question(tiny, questions):
     path = tiny.save(tiny.exact(), "text")
     done = CliRunner().invoke(main, ["chat", str(path), "-m", str(tiny.path)], input="Hi\n")
-    assert done.exit_code == 1 and "plain text" in done.stderr and asked == []
+    assert done.exit_code == 1 and "plain text" in done.stderr and questions == []
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_chat_on_a_terminal(tiny, memory, tmp_path):
             time.sleep(0.1)
         time.sleep(0.5)
 
-    chat.expect("chat.mem.gguf.*/bye ends the chat")
+    chat.expect("llama.gguf with chat .*/bye ends the chat")
     chat.expect(re.escape(TAKES_PASTES))
     chat.send("\x03")  # Ctrl-C at the prompt is a hint
     chat.expect("/bye ends the chat")
@@ -205,5 +205,5 @@ def test_a_chat_on_a_terminal(tiny, memory, tmp_path):
     chat.expect(pexpect.EOF)
     chat.close()
     assert chat.exitstatus == 0
-    questions = [["Say hi.\n\ntouch owned", 0], ["pasted\n\nmeanwhile", 1], ["last!", 2]]  # each after the turns before it
-    assert [json.loads(line) for line in log.read_text().splitlines()] == questions
+    expected = [["Say hi.\n\ntouch owned", 0], ["pasted\n\nmeanwhile", 1], ["last!", 2]]  # each after the turns before it
+    assert [json.loads(line) for line in log.read_text().splitlines()] == expected

@@ -199,7 +199,7 @@ def test_the_real_model_knows_what_its_memory_says(folder, home, monkeypatch, tm
     program = [sys.executable, "-c", "from attnmem_local.cli import main; main()"]
     done = subprocess.run([*program, "run", "handbook", "-n", "3", "Count to 100."], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.strip() and "Traceback" not in done.stderr
-    assert "the answer was cut" in done.stderr  # an answer in the middle of a sentence says why
+    assert "the answer was cut short" in done.stderr  # an answer in the middle of a sentence says why
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_latin_1_from_a_pipe_is_named(tiny, no_work):
 
 
 def test_a_prefix_that_is_too_short_for_its_options():
-    assert "are needed" in attnmem("eval", "exact", ROOT / "pyproject.toml", "-n", "99999", fails=True)
+    assert "need 100383" in attnmem("eval", "exact", ROOT / "pyproject.toml", "-n", "99999", fails=True)
 
 
 def test_a_cut_answer_and_a_rounded_context_are_told(tiny, monkeypatch):

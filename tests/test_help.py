@@ -60,10 +60,12 @@ def parse(line: str) -> str:
     command, args = COMMANDS[name], words[len(name.split()) :]
     context = click.Context(command)
     values, left, _ = command.make_parser(context).parse_args(args)
-    required = [values.get(p.name) for p in command.params if isinstance(p, click.Argument) and p.required]
-    given = [isinstance(value, (str, tuple)) and bool(value) for value in required]
-    if left or (any(given) and not all(given)):  # the bare name of a command is no call
+    arguments = [p for p in command.params if isinstance(p, click.Argument)]
+    given = {p.name: value for p in arguments if isinstance(value := values.get(p.name), (str, tuple)) and value}
+    if left or (given and any(p.required and p.name not in given for p in arguments)):  # the bare name of a command is no call
         raise click.UsageError(f"wrong number of arguments: {line}")
+    if any("default" in ((value,) if isinstance(value, str) else value) for value in given.values()):
+        raise click.UsageError(f"a model is given by -m: {line}")
     return name
 
 
@@ -72,7 +74,9 @@ def test_every_command_in_a_document_can_be_typed(document, line):
     parse(line)
 
 
-@pytest.mark.parametrize("line", ["attnmem nothing", "attnmem build x.md --nothing", "attnmem show a b", "attnmem update a"])
+@pytest.mark.parametrize(
+    "line", ["attnmem nothing", "attnmem build x.md --nothing", "attnmem show a b", "attnmem update a", "attnmem chat default"]
+)
 def test_what_cannot_be_typed(line):
     with pytest.raises(click.UsageError):
         parse(line)
