@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Set up attnmem-local on Linux or macOS. Every step is skipped when its inputs have not changed.
 #
-#   ./build.sh          the runtime: .venv, patched llama-cpp-python, this package, the default model
-#   ./build.sh demo     the above and the builder; then build a memory for a real prefix and answer with it
-#   ./build.sh test     the above, the test tools and a stock libllama to compare with; then run
-#                       ruff, mypy and the tests; arguments go to pytest, which then runs alone: -m "not slow" takes a minute
-#   ./build.sh fuzz     the test tools; then put damaged memory files through both readers (see docs/fuzzing.md)
-#   ./build.sh fuzz-sanitized   the same with a libllama that stops at the first wrong access or undefined behaviour
-#   ./build.sh --cuda [ARCH] [demo|test]   the same with CUDA, for the GPU that is here or an architecture such as 90
-#   ./build.sh check-cuda   compile the CUDA files that patches/ and native/ touch, for 80 and 90; needs no GPU
+#   ./build.sh                  set up the runtime: .venv, patched llama-cpp-python, this package, the default model
+#   ./build.sh demo             set up the builder, too; build a memory of a real prefix and answer with it
+#   ./build.sh test [ARG...]    set up the test tools and a stock libllama to compare with; run pytest with the arguments;
+#                               without any, ruff and mypy first (-m "not slow" takes about a minute)
+#   ./build.sh fuzz             set up the test tools; put damaged memory files through both readers (docs/fuzzing.md)
+#   ./build.sh fuzz-sanitized   the same, with a libllama that stops at the first invalid access or undefined behaviour
+#   ./build.sh check-cuda       compile the CUDA files that patches/ and native/ change, for 80 and 90; needs no GPU
+#   ./build.sh --cuda [ARCH] [demo|test]   build with CUDA, for this machine's GPU or for an architecture such as 90
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -208,5 +208,6 @@ case "${1:-}" in
         fuzz_sanitized "$@"
         ;;
     check-cuda) need_cuda "80;90"; patched; use_cuda "80;90"; check_cuda ;;
-    *)    die "unknown command '$1' (expected nothing, demo, test, fuzz, fuzz-sanitized or check-cuda)" ;;
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' build.sh ;;
+    *)    die "unknown command '$1'; ./build.sh --help lists the commands" ;;
 esac

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from ..library import find_model, in_checkout
+from ..library import checkout, find_model
 from .terminal import printable
 
 HANDBOOK = "build/tree/vendor/llama.cpp/tools/server/README.md"  # in the checkout
@@ -27,8 +27,8 @@ def demo() -> None:
 
     The prefix is a real handbook: the README of llama.cpp's server.
     """
-    handbook, model = in_checkout(HANDBOOK, "the demo"), find_model("default")
-    out = in_checkout("build", "the demo").parent / OUT
+    root, model = checkout("the demo", HANDBOOK), find_model("default")
+    handbook, out = root / HANDBOOK, root / OUT
 
     from rich.console import Console
     from rich.table import Table
