@@ -18,6 +18,6 @@ def main(folder: Path) -> None:
         raise click.ClickException(f"{folder} has no results; run the stages of bench/gpu.sh first")
     if any(result["quick"] for result in stages.values()):
         raise click.ClickException("these are results of a --quick trial, which measures nothing; run the stages without --quick")
-    runs = [{"command": f"python -m bench gpu {name}", "versions": record.versions(), **result} for name, result in stages.items()]
+    runs = [{"command": f"python -m bench gpu {name}", **result} for name, result in stages.items()]
     claim = f"gpu.{runs[0]['hardware'].lower().replace(' ', '-')}"
     click.echo(record.save(RESULTS / f"{claim}.json", claim, runs))
