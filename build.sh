@@ -10,7 +10,7 @@
 #   ./build.sh check-cuda       compile the CUDA files that patches/ and native/ change, for 80 and 90; needs no GPU
 #   ./build.sh --cuda [ARCH] [demo|test]   build with CUDA, for this machine's GPU or for an architecture such as 90
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "${BASH_SOURCE[0]}")"
 
 SDIST_NAME=llama_cpp_python-0.3.36
 SDIST_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
@@ -112,6 +112,7 @@ use_cuda() { # architectures, or native
         CMAKE_ARGS+=" -DCUDA_cublas_LIBRARY=$cublas/lib/libcublas.so.13 -DCUDA_cublasLt_LIBRARY=$cublas/lib/libcublasLt.so.13"
     fi
     toolkit=$($nvcc --dryrun -x cu -E - 2>&1 </dev/null | sed -n 's/^#\$ TOP=//p')
+    CMAKE_ARGS+=" -DCMAKE_BUILD_RPATH=$toolkit/lib64"
     if [ -z "$(find -L "$toolkit" -name libcuda.so)" ]; then
         driver=$({ ldconfig -p || /sbin/ldconfig -p || true; } 2>/dev/null | awk '/libcuda\.so\.1 / && !at { at = $NF } END { print at }')
         CMAKE_ARGS+=" ${driver:+-DCUDA_cuda_driver_LIBRARY=$driver}"
@@ -188,6 +189,8 @@ setup() { # extras
     [ -f "models/$MODEL_FILE" ] || fetch_model
     once "package$1" "$(sha256 pyproject.toml)" install_package "$1"
 }
+
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # bench/gpu.sh reads this file for use_cuda
 
 cuda=
 if [ "${1:-}" = --cuda ]; then

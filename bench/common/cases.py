@@ -38,7 +38,7 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    prefix=256, segment=96, segments=4, held_out=(1,), stretch=32, stretches=2, system=256, questions=1, answer=16, study=4
+    prefix=128, segment=64, segments=4, held_out=(1,), stretch=32, stretches=2, system=256, questions=1, answer=16, study=4
 )
 
 
