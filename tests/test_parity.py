@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.mixed import mixed_memory, random_queries
+from helpers.session import memory_session
 
-from attnmem_local.builder.memory_state import memory_session, memory_state
+from attnmem_local.builder.memory_state import memory_state
 from attnmem_local.engine import native
 from attnmem_local.evaluate.scorer import Scorer, kl, log_softmax
 from attnmem_local.memory.memory import Memory

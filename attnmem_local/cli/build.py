@@ -28,10 +28,22 @@ from .common import (
 @click.option(
     "--share",
     type=Number(0, 1, min_open=True),
-    help="Size of the memory as a share of the prefix's F16 KV cache, such as 1/16 or 0.1.  "
+    help="Size of the anchors as a share of the prefix's F16 KV cache, such as 1/16 or 0.1.  "
     "[default: 1/8, less for a prefix so long that tokens would be slower]",
 )
-@click.option("--bytes", "nbytes", type=positive, help="Size of the memory in bytes, instead of --share.")
+@click.option("--bytes", "nbytes", type=positive, help="Size of the anchors in bytes, instead of --share.")
+@click.option("--anchors", type=click.IntRange(0), help="Anchors per KV head, instead of a size.")
+@click.option(
+    "--entries",
+    type=click.IntRange(0),
+    help="Looked-up entries per KV head, in addition to the size. They correct the anchors; with --anchors 0 they are all of "
+    "the memory, as in the paper.  [default: none; with traces, where held-out traces show that they pay]",
+)
+@click.option(
+    "--table",
+    type=click.Choice(("centroid", "tangent")),
+    help="What is looked up with --anchors 0.  [default: centroid, as in the paper]",
+)
 @click.option("--system", is_flag=True, help="The text of PREFIX is the system message of a chat.")
 @tools_option
 @seed_option

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..builder.sources import DEFAULT_SOURCES, SOURCES
 from ..engine.kv_cache import KV_TYPES, cache_options
 from ..library import find_memory, find_model, model_of
 from ..memory.errors import AttnmemError, BadInput
@@ -206,9 +207,9 @@ queries_option = click.option(
     "-q",
     "--queries",
     multiple=True,
-    default=("repeat", "self-study"),
+    default=DEFAULT_SOURCES,
     show_default=True,
-    help="Text to build from: repeat, self-study, or a file of traces: text, or .jsonl with text or messages. "
+    help=f"Text to build from: {', '.join(SOURCES)}, or a file of traces: text, or .jsonl with text or messages. "
     "May be given several times.",
 )
 

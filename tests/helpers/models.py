@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from attnmem_local.builder.budget import uniform_plan
-from attnmem_local.builder.build import exact_memory, fit_memory
+from attnmem_local.builder.build import exact_memory
 from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.fit import fit_memory
+from attnmem_local.builder.job import Build, LiveText
 from attnmem_local.builder.model import load_model
 from attnmem_local.library import DEFAULT_MODEL
 from attnmem_local.memory.prefix import Prefix
@@ -29,10 +31,13 @@ class Tiny:
     def exact(self):
         return exact_memory(self.model, self.prefix, self.kv)
 
+    def build(self, windows, seed=0) -> Build:
+        """A build that has come as far as the fit, for live text like these windows."""
+        return Build(self.model, self.prefix, seed, kv=self.kv, text=LiveText(windows))
+
     def fitted(self, seed=0, **plan):
         windows = np.random.default_rng(8).integers(300, 1024, (6, 96)).tolist()
-        plan = uniform_plan(self.model.spec, **({"entries": 64} | plan))
-        return fit_memory(self.model, self.prefix, self.kv, windows, plan, seed=seed)
+        return fit_memory(self.build(windows, seed), uniform_plan(self.model.spec, **({"entries": 64} | plan)))
 
     def save(self, memory, name: str) -> Path:
         path = self.folder / f"{name}.mem.gguf"
