@@ -21,8 +21,10 @@ constexpr int MEM_CACHE_L2 = 2;
 
 #if defined(__GNUC__)
 #define MEM_ALWAYS_INLINE static inline __attribute__((always_inline))
+#define MEM_NEVER_INLINE __attribute__((noinline))
 #else
 #define MEM_ALWAYS_INLINE static inline
+#define MEM_NEVER_INLINE
 #endif
 
 // must be inlined: gcc sees no side effect in a call and removes it

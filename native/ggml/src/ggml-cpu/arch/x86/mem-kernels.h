@@ -70,7 +70,8 @@ static inline void mem_dot_rows(int64_t d, const char * k, size_t row_size, cons
     mem_sum_rows<NQ>(acc, sum, stride);
 }
 
-// c[4][64] += a[4][k]*b[k][64], in rows of c and b of size n; out of line gcc keeps a copy of the sums in memory
+// c[4][64] += a[4][k]*b[k][64], in rows of c and b of size n
+// inlined: out of line gcc keeps a copy of the sums in memory
 MEM_ALWAYS_INLINE void mem_gemm_4x64(float * c, const float * a, const float * b, int64_t k, int64_t n) {
     __m512 acc[16];
     for (int t = 0; t < 16; t++) {
@@ -114,7 +115,8 @@ struct mem_kernels_avx512 : mem_kernels_avx2 {
         mem_kernels_avx2::dot(key, i0 + n_four, n - n_four, q, n_q, work, s + n_four);
     }
 
-    static void gemm(float * c, const float * a, const float * b, int64_t m, int64_t k, int64_t n) {
+    // not inlined: in a large function gcc keeps some of the sums in memory
+    MEM_NEVER_INLINE static void gemm(float * c, const float * a, const float * b, int64_t m, int64_t k, int64_t n) {
         for (; n % 64 == 0 && m >= 4; m -= 4, a += 4*k, c += 4*n) {
             for (int64_t j = 0; j < n; j += 64) {
                 mem_gemm_4x64(c + j, a, b + j, k, n);
