@@ -9,6 +9,7 @@
 #   ./build.sh fuzz-sanitized   the same, with a libllama that stops at the first invalid access or undefined behaviour
 #   ./build.sh check-cuda       compile the CUDA files that patches/ and native/ change, for 80 and 90; needs no GPU
 #   ./build.sh --cuda [ARCH] [demo|test]   build with CUDA, for this machine's GPU or for an architecture such as 90
+#   ./build.sh patches [save]   lay out patches/ as commits in build/patches, to edit them; save writes them back
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -87,6 +88,30 @@ for path in [p for p in tree.rglob("*") if p.is_file()]:
         path.unlink()
 PY
     rm -rf build/fresh
+}
+
+# Commits on a branch of their own: the tag `stock` is llama.cpp as it comes.
+open_patches() {
+    [ ! -e build/patches ] || die "build/patches exists; save it with './build.sh patches save', then delete it to lay patches/ out again"
+    say "laying out patches/ as commits in build/patches"
+    unpack_sdist build/fresh
+    mv build/fresh/vendor/llama.cpp build/patches
+    rm -rf build/fresh build/patches/.git
+    (
+        cd build/patches
+        export GIT_COMMITTER_NAME=attnmem-local GIT_COMMITTER_EMAIL=attnmem-local@localhost
+        git init -q
+        git add -A -f .
+        git commit -q --author "llama.cpp <llama.cpp@localhost>" -m "llama.cpp of $SDIST_NAME"
+        git tag stock
+        git am -q ../../patches/*.patch
+    )
+}
+
+save_patches() {
+    [ -e build/patches ] || die "there is nothing to save; './build.sh patches' lays the patches out"
+    rm -f patches/*.patch
+    git -C build/patches -c core.abbrev=10 format-patch -q -N --zero-commit --no-signature --filename-max-length=100 -o ../../patches stock
 }
 
 fetch_cublas() {
@@ -209,6 +234,13 @@ case "${1:-}" in
         setup "[build,test]"
         once sanitized "$(cat build/stamps/patch)" build_sanitized
         fuzz_sanitized "$@"
+        ;;
+    patches)
+        case "${2:-}" in
+            "")   [ -x $py ] || make_venv; [ -f "build/$SDIST_NAME.tar.gz" ] || fetch_sdist; open_patches ;;
+            save) save_patches ;;
+            *)    die "unknown command 'patches $2' (expected patches, or patches save)" ;;
+        esac
         ;;
     check-cuda) need_cuda "80;90"; patched; use_cuda "80;90"; check_cuda ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' build.sh ;;
