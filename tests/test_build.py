@@ -18,7 +18,7 @@ from attnmem_local.builder.sources.self_study import self_study, study_shape
 from attnmem_local.builder.sources.traces import read_traces, traces
 from attnmem_local.memory import errors
 from attnmem_local.memory.memory import Memory
-from attnmem_local.prompt.live import drop_prefix, with_prefix_messages
+from attnmem_local.prompt.live import live_chat, with_prefix_messages
 from attnmem_local.prompt.prefix import chat_prefix
 from attnmem_local.runtime.llama import MemoryLlama
 
@@ -153,9 +153,7 @@ def test_prefix_of_a_chat(tiny):
     tokenizer = tiny.model.tokenizer
     prefix = chat_prefix(tokenizer, SYSTEM)
     for content in ("Hi", "9 to 5?", "\n", "<|im_end|>"):
-        chat = tokenizer.render([*SYSTEM, {"role": "user", "content": content}], True)
-        assert prefix.tokens + drop_prefix(chat, prefix.tokens) == chat
-    with pytest.raises(errors.PrefixMismatch, match="tokens agree"):
-        drop_prefix(tokenizer.render([{"role": "user", "content": "Hi"}], True), prefix.tokens)
+        message = {"role": "user", "content": content}
+        assert prefix.tokens + live_chat(tokenizer, prefix, [message]) == tokenizer.render([*SYSTEM, message], True)
     with pytest.raises(errors.PrefixMismatch, match="another one"):
         with_prefix_messages([{"role": "system", "content": "x"}], SYSTEM)

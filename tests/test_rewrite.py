@@ -5,10 +5,10 @@ import copy
 import llama_cpp
 import numpy as np
 import pytest
+from attnmem_local.content import read_content
 from mixed import mixed_memory, random_queries
 
 from attnmem_local import errors, native
-from attnmem_local.content import read_content
 from attnmem_local.memory import quantize_rows, rows
 from attnmem_local.runtime import MemoryLlama
 
@@ -134,7 +134,13 @@ REFUSED = {
     "a row behind the last": (KEY, 14, 1, errors.Invalid, "1 rows from row 14 on"),
     "more rows than there are": (KEY, 10, 5, errors.Invalid, "5 rows from row 10 on"),
     "a position that overflows": (KEY, 2**63 - 1, 1, errors.Invalid, "rows from row 9223372036854775807 on"),
-    "rows that are too short": (KEY, 0, np.zeros((2, 31), np.float16), errors.Invalid, "124 bytes for 2 rows .* expected 64 bytes of type f16"),
+    "rows that are too short": (
+        KEY,
+        0,
+        np.zeros((2, 31), np.float16),
+        errors.Invalid,
+        "124 bytes for 2 rows .* expected 64 bytes of type f16",
+    ),
     "rows of another type": (KEY, 0, np.zeros((2, 32), np.float32), errors.Invalid, "256 bytes for 2 rows"),
     "a NaN in a key": (KEY, 0, np.full((1, 32), np.nan, np.float16), errors.Invalid, "not finite"),
     "a number that is too large": (BIAS, 0, np.float32([0, 2e15]), errors.Invalid, "not finite or larger than 1e"),

@@ -52,9 +52,8 @@ def chat(memory: Path | None, model: Path | None, more: tuple[Path, ...], temp: 
     conversation = Conversation(llama, temp)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
-        attached = (
-            f"{a.memory.path.name.removesuffix(MEMORY_SUFFIX)} ({len(a.memory.prefix_tokens)} tokens)" for a in llama.memories
-        )
+        names = (memory.name.removesuffix(MEMORY_SUFFIX) for memory in memories)
+        attached = (f"{name} ({len(a.memory.prefix_tokens)} tokens)" for name, a in zip(names, llama.memories))
         say(f"{model.name} with {', '.join(attached)}. {HINT}")
     has_failed = False
     for message in _typed() if on_terminal else _piped():

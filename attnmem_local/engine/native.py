@@ -93,9 +93,7 @@ def set_rows(handle: int, name: str, first: int, rows: np.ndarray) -> None:
     """
     rows = np.ascontiguousarray(rows)
     error = ctypes.create_string_buffer(_ERROR_SIZE)
-    if _lib.llama_adapter_mem_set_rows(
-        handle, name.encode(), first, len(rows), rows.ctypes.data, rows.nbytes, error, _ERROR_SIZE
-    ):
+    if _lib.llama_adapter_mem_set_rows(handle, name.encode(), first, len(rows), rows.ctypes.data, rows.nbytes, error, _ERROR_SIZE):
         raise refusal(error.value.decode(errors="replace"))
 
 
