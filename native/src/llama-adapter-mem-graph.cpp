@@ -9,7 +9,7 @@
 // tables below this size are scanned faster than they are searched
 static constexpr int32_t MEM_SEARCH_MIN_ENTRIES = 2048;
 
-// number of lists searched in a table of n entries, for a recall@1 of 0.98 (bench/lookup.py)
+// number of lists searched in a table of n entries, for a recall@1 of 0.98 (bench/speed/search.py)
 static int32_t mem_n_probe(int64_t n) { return n <= 16384 ? 12 : 16; }
 
 // undoes the rotation of a quantized KV cache
