@@ -91,7 +91,7 @@ def test_a_build_says_what_it_will_take_before_the_work_begins(tiny):
     build_memory(tiny.model, SYSTEM, share=0.5, progress=told)
     assert told.order[:4] == ["load model", "estimate", math.prod(study_shape(1)), "prefill"]
     work = sum(told.seconds.values()) - told.seconds["load model"] - told.seconds["estimate"]
-    assert work / 8 < told.expected < 8 * work  # wide, as anything may run beside a test; bench/build_time.py measures it
+    assert work / 8 < told.expected < 8 * work  # wide, as anything may run beside a test; bench/speed/build_time.py measures it
 
     told = Told()
     build_memory(tiny.model, SYSTEM, share=0.5, queries=["repeat"], progress=told)

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-// candidates that a walk keeps on level 0 of a graph of n entries, for a recall@1 of 0.98 (bench/lookup.py)
+// candidates that a walk keeps on level 0 of a graph of n entries, for a recall@1 of 0.98 (bench/speed/search.py)
 static size_t mem_hnsw_ef(int64_t n) { return n <= 4096 ? 16 : n <= 16384 ? 24 : 48; }
 
 // for tokens: keys are harder to find than centroids, because queries have another distribution
