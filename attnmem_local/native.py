@@ -93,9 +93,7 @@ def set_rows(handle: int, name: str, first: int, rows: np.ndarray) -> None:
     """
     rows = np.ascontiguousarray(rows)
     error = ctypes.create_string_buffer(_ERROR_SIZE)
-    if _lib.llama_adapter_mem_set_rows(
-        handle, name.encode(), first, len(rows), rows.ctypes.data, rows.nbytes, error, _ERROR_SIZE
-    ):
+    if _lib.llama_adapter_mem_set_rows(handle, name.encode(), first, len(rows), rows.ctypes.data, rows.nbytes, error, _ERROR_SIZE):
         raise refusal(error.value.decode(errors="replace"))
 
 
@@ -112,9 +110,7 @@ def search(handle: int, layer: int, q: np.ndarray, lookup: str) -> tuple[np.ndar
     that lookups scored for all tokens and heads; anchors, which are attended, do not count.
     Raises ValueError for another shape, or a layer without tables on the CPU.
     """
-    n_head, d_k, d_v = (
-        int(metadata(handle, f"attnmem.attention.{key}")) for key in ("head_count", "key_length", "value_length")
-    )
+    n_head, d_k, d_v = (int(metadata(handle, f"attnmem.attention.{key}")) for key in ("head_count", "key_length", "value_length"))
     if q.ndim != 3 or q.shape[1:] != (n_head, d_k):
         raise ValueError(f"queries have shape {q.shape}, expected [n_tokens, {n_head}, {d_k}]")
     q = np.ascontiguousarray(q, dtype=np.float32)

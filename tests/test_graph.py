@@ -11,7 +11,9 @@ from attnmem_local.evaluate import Scorer
 from attnmem_local.runtime import MemoryLlama
 
 
-@pytest.mark.parametrize("options", [{}, {"flash_attn": True}, {"flash_attn": True, "type_k": 8, "type_v": 8}], ids=["plain", "flash", "q8_0"])
+@pytest.mark.parametrize(
+    "options", [{}, {"flash_attn": True}, {"flash_attn": True, "type_k": 8, "type_v": 8}], ids=["plain", "flash", "q8_0"]
+)
 @pytest.mark.parametrize("lookup", ["stock", "auto"])
 def test_graphs_have_room_for_many_segments(tiny32, lookup, options):
     """llama.cpp aborts if a graph has more nodes than it was told."""

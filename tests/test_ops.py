@@ -35,7 +35,11 @@ def test_states_and_flash_attention_with_a_state(program):
     assert done.returncode == 0, done.stdout
 
 
-INSTRUCTION_SETS = {"x86-64": set(), "haswell": {"avx2", "fma", "f16c"}, "skylake-avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+INSTRUCTION_SETS = {
+    "x86-64": set(),
+    "haswell": {"avx2", "fma", "f16c"},
+    "skylake-avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
 
 
 @pytest.mark.parametrize("march", INSTRUCTION_SETS)
@@ -60,7 +64,14 @@ def test_the_same_on_the_gpu(program):
 
 def test_the_cuda_op_emulated(tmp_path):
     """The kernels of the CUDA op as threads that take turns on the CPU: every case in 25."""
-    options = ["-DEMULATED", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas",  # fibers jump between stacks
-               "-I", NATIVE / "cuda-emulation", "-I", GGML / "src"]
+    options = [
+        "-DEMULATED",
+        "-U_FORTIFY_SOURCE",
+        "-Wno-unknown-pragmas",  # fibers jump between stacks
+        "-I",
+        NATIVE / "cuda-emulation",
+        "-I",
+        GGML / "src",
+    ]
     done = subprocess.run([compiled(tmp_path / "emulated", *options), "gpu", "25"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
