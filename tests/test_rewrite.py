@@ -136,7 +136,7 @@ REFUSED = {
     "a table of offsets": ("seg.0.blk.1.anchor.head", 0, 1, errors.Invalid, "no rows"),
     "a negative row": (KEY, -1, 1, errors.Invalid, "1 rows from row -1 on, but .* has 14 rows"),
     "a row behind the last": (KEY, 14, 1, errors.Invalid, "1 rows from row 14 on"),
-    "more rows than there are": (KEY, 10, 5, errors.Invalid, "5 rows from row 10 on"),
+    "more rows than the table has": (KEY, 10, 5, errors.Invalid, "5 rows from row 10 on"),
     "a position that overflows": (KEY, 2**63 - 1, 1, errors.Invalid, "rows from row 9223372036854775807 on"),
     "rows that are too short": (
         KEY,
