@@ -76,6 +76,11 @@ def logits_of(llama, handle, tokens):
     return decode(llama, tokens)
 
 
+def n_reused(llama):
+    """Decodes that took the graph of the one before."""
+    return llama_cpp.llama_perf_context(llama._ctx.ctx).n_reused
+
+
 def decode(llama, tokens):
     """Logits of tokens that are decoded one by one, in an empty context."""
     llama_cpp.llama_memory_clear(llama._ctx.memory, True)
@@ -109,16 +114,15 @@ def test_every_token_reuses_the_graph_while_rows_are_rewritten(tiny32, tmp_path,
     memory = plain_memory(tiny32, table)
     loaded = Loaded(llama, memory, tmp_path / "memory.gguf")
     native.set_memories(llama._ctx.ctx, [loaded.handle], [0.0], "auto")
-    n_reused = lambda: llama_cpp.llama_perf_context(llama._ctx.ctx).n_reused  # noqa: E731
     llama.eval(tiny32.live[:4])
     llama.eval(tiny32.live[4:5])  # builds the graph of one token
-    reused = n_reused()
+    reused = n_reused(llama)
     for i, token in enumerate(tiny32.live[5:20]):
         memory, writes = changed(memory, table, seed=i)
         for write in writes:
             native.set_rows(loaded.handle, *write)
         llama.eval([token])
-        assert n_reused() == reused + i + 1
+        assert n_reused(llama) == reused + i + 1
     new = Loaded(llama, memory, tmp_path / "new.gguf")
     rewritten = decode(llama, tiny32.live[:6])
     np.testing.assert_array_equal(rewritten, logits_of(llama, new.handle, tiny32.live[:6]))
@@ -132,7 +136,7 @@ REFUSED = {
     "a table of offsets": ("seg.0.blk.1.anchor.head", 0, 1, errors.Invalid, "no rows"),
     "a negative row": (KEY, -1, 1, errors.Invalid, "1 rows from row -1 on, but .* has 14 rows"),
     "a row behind the last": (KEY, 14, 1, errors.Invalid, "1 rows from row 14 on"),
-    "more rows than there are": (KEY, 10, 5, errors.Invalid, "5 rows from row 10 on"),
+    "more rows than the table has": (KEY, 10, 5, errors.Invalid, "5 rows from row 10 on"),
     "a position that overflows": (KEY, 2**63 - 1, 1, errors.Invalid, "rows from row 9223372036854775807 on"),
     "rows that are too short": (
         KEY,
@@ -181,6 +185,6 @@ def test_rows_that_have_a_search_are_refused(tiny32, llama, tmp_path, part):
         setattr(entries, part, None)
     loaded = Loaded(llama, memory, tmp_path / "memory.gguf")
     for kind in ("centroid", "tangent", "residual") + (("token",) if part == "lists" else ()):
-        with pytest.raises(errors.Unsupported, match="has a search graph or lists, .* build the memory again"):
+        with pytest.raises(errors.Unsupported, match=r"has a search graph or lists, .* build the memory again"):
             native.set_rows(loaded.handle, f"seg.0.blk.1.{kind}.bias", 0, np.zeros(1, np.float32))
     native.set_rows(loaded.handle, BIAS, 0, np.zeros(1, np.float32))

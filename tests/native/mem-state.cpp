@@ -3,6 +3,7 @@
 //   mem-state cpu|gpu [EVERY]    EVERY: runs only every n-th case
 //
 // With EMULATED defined `gpu` is the CUDA op, whose kernels then run on the CPU: see cuda-emulation/common.cuh.
+// With KERNELS defined `cpu` is the op compiled here, for the instruction sets that the compiler was told, in one thread.
 // Prints one line for each group of cases. Returns 1 if a group fails or has no case that the device supports, 77 if the device
 // is missing. Outputs hold NaN before the ops write them. tests/test_ops.py runs it.
 
@@ -13,6 +14,8 @@
 
 #if defined(EMULATED)
 #include "../../native/ggml/src/ggml-cuda/mem-state.cu"
+#elif defined(KERNELS)
+#include "../../native/ggml/src/ggml-cpu/mem-state.cpp"
 #endif
 
 #include <algorithm>
@@ -72,6 +75,18 @@ struct test_graph {
                 ggml_cuda_op_mem_state(emulated, ggml_graph_node(gf, i));
             }
         }
+#elif defined(KERNELS)
+        ggml_threadpool_params threadpool_params = ggml_threadpool_params_default(1);
+        ggml_threadpool * threadpool = ggml_threadpool_new(&threadpool_params);
+        for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+            ggml_tensor * node = ggml_graph_node(gf, i);
+            if (node->op == GGML_OP_MEM_STATE) {
+                std::vector<char> work(ggml_mem_state_work_size(node, 1));
+                const ggml_compute_params params = { 0, 1, work.size(), work.data(), threadpool, false };
+                ggml_compute_forward_mem_state(&params, node);
+            }
+        }
+        ggml_threadpool_free(threadpool);
 #else
         GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
 #endif
@@ -80,6 +95,8 @@ struct test_graph {
     static bool supports(const ggml_tensor * op) {
 #if defined(EMULATED)
         return op->op == GGML_OP_MEM_STATE ? ggml_cuda_mem_state_supported(op) : op->op != GGML_OP_FLASH_ATTN_EXT;
+#elif defined(KERNELS)
+        return op->op != GGML_OP_FLASH_ATTN_EXT;
 #else
         return ggml_backend_supports_op(backend, op);
 #endif
@@ -536,7 +553,7 @@ int main(int argc, char ** argv) {
             ok &= g.report();
         }
 
-#if !defined(EMULATED)
+#if !defined(EMULATED) && !defined(KERNELS)
         group g("flash attention " + type_name, 2e-2); // it rounds q, and on the CPU adds up F16 values in F16
         for (int d : { 64, 80, 96, 128, 256 }) {
             if (d % block != 0) {
