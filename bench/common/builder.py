@@ -20,7 +20,9 @@ from attnmem_local.builder.progress import Progress
 from attnmem_local.builder.sensitivity import is_cached, sensitivity
 from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
 from attnmem_local.builder.sources.self_study import self_study
+from attnmem_local.engine.tokenizer import Tokenizer
 from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.errors import BadInput
 from attnmem_local.memory.memory import Memory
 from attnmem_local.memory.prefix import Prefix
 
@@ -97,6 +99,28 @@ def gguf_order(key: torch.Tensor) -> np.ndarray:
     return build_model().to_gguf_order(key).cpu().numpy()
 
 
+class RandomTokenizer(Tokenizer):
+    """Any text is 16 random tokens; any tokens are no text."""
+
+    bos = ""
+
+    def __init__(self, n_vocab: int):
+        self.n_vocab = n_vocab
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        return np.random.default_rng(len(text)).integers(300, self.n_vocab, 16).tolist()
+
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
+    def is_special(self, token: int) -> bool:
+        return False
+
+    @property
+    def template(self):
+        raise BadInput("a model of random weights has no chat template")
+
+
 def random_model(shape, device: str) -> BuildModel:
     """A BuildModel of random weights with a shapes.Shape, whose tokenizer gives random text."""
     config = transformers.LlamaConfig(
@@ -115,12 +139,5 @@ def random_model(shape, device: str) -> BuildModel:
     with torch.device(device):
         module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
 
-    class Tokenizer:
-        def encode(self, text: str, add_bos: bool) -> list[int]:
-            return np.random.default_rng(len(text)).integers(300, shape.n_vocab, 16).tolist()
-
-        def decode(self, tokens: list[int]) -> str:
-            return ""
-
     spec = _spec(config, norms="random", vocab="random")
-    return BuildModel(module.to(device).eval().requires_grad_(False), Tokenizer(), spec, interleaved=True)
+    return BuildModel(module.to(device).eval().requires_grad_(False), RandomTokenizer(shape.n_vocab), spec, interleaved=True)
