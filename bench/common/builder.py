@@ -53,6 +53,11 @@ def full_effort():
     return patch.object(budget, "LONG", 1)
 
 
+def without_tuning() -> None:
+    """Let builds of this process not tune their anchors: a quick trial is only about whether a command works."""
+    budget.Plan.tune_steps = 2
+
+
 def captured(prefix: Prefix, windows: list[list[int]]) -> tuple[PrefixKV, list[Target]]:
     """Keys and values of a prefix; for each layer the queries of these windows and their states over the prefix."""
     kv = prefill(build_model(), prefix.tokens)
@@ -65,7 +70,7 @@ def uniform_memory(prefix: Prefix, windows, anchors: int = 0, entries: int = 0, 
     Entries are residuals over anchors, centroids without them.
     """
     model = build_model()
-    plan = uniform_plan(model.spec, anchors=anchors, eight_bit=eight_bit)
+    plan = uniform_plan(model.spec, anchors=anchors, eight_bit=eight_bit, tune_steps=budget.Plan.tune_steps)
     plan.entries[heads] = entries
     return fit_memory(model, prefix, prefill(model, prefix.tokens), windows, plan, progress=Progress())
 
