@@ -8,8 +8,9 @@ from helpers.models import Tiny, save_exact
 from helpers.paths import SERVER_README
 
 from attnmem_local.builder.budget import uniform_plan
-from attnmem_local.builder.build import fit_memory
 from attnmem_local.builder.capture import prefill
+from attnmem_local.builder.fit import fit_memory
+from attnmem_local.builder.job import Build, LiveText
 from attnmem_local.builder.model import load_model
 from attnmem_local.evaluate.dequantize import write_f32
 from attnmem_local.library import DEFAULT_MODEL
@@ -18,9 +19,10 @@ from attnmem_local.memory.prefix import Prefix
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Sensitivities that tests measure stay out of the user's cache; commands that tests run share them."""
+    """What tests measure and keep stays out of the user's folders; commands that tests run share it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ATTNMEM_HOME", str(tmp_path_factory.mktemp("home")))
         yield
 
 
@@ -55,7 +57,8 @@ def real(default_build_model, readme_tokens, tmp_path_factory):
     windows = [rest[i : i + 256] for i in range(0, 12 * 256, 256)]
     kv = prefill(default_build_model, tokens)
     prefix = Prefix(tokens, default_build_model.tokenizer.decode(tokens))
-    memory = fit_memory(default_build_model, prefix, kv, windows[2:], uniform_plan(default_build_model.spec, entries=1024))
+    build = Build(default_build_model, prefix, kv=kv, text=LiveText(windows[2:]))
+    memory = fit_memory(build, uniform_plan(default_build_model.spec, entries=1024))
     path = tmp_path_factory.mktemp("real") / "readme.mem.gguf"
     memory.save(path)
     return path, memory, windows[:2]

@@ -4,22 +4,21 @@ import copy
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
-from attnmem_local.builder.build import HELD_OUT, build_memory, study_shape
+from attnmem_local.builder.build import HELD_OUT, build_memory
 from attnmem_local.builder.capture import prefill
-from attnmem_local.builder.entries.centroid import cluster, mean_state
+from attnmem_local.builder.job import Build
 from attnmem_local.builder.model import load_model
 from attnmem_local.builder.progress import Progress
 from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
-from attnmem_local.builder.sources.self_study import self_study
+from attnmem_local.builder.sources.self_study import self_study, study_shape
 from attnmem_local.builder.sources.traces import read_traces, traces
 from attnmem_local.memory import errors
 from attnmem_local.memory.memory import Memory
-from attnmem_local.prompt.live import drop_prefix, with_prefix_messages
+from attnmem_local.prompt.live import live_chat, with_prefix_messages
 from attnmem_local.prompt.prefix import chat_prefix
 from attnmem_local.runtime.llama import MemoryLlama
 
@@ -65,17 +64,6 @@ def test_build_from_chat_messages(tiny, tmp_path):
     assert answer["choices"]
 
 
-def test_metrics_and_states(tiny):
-    """Both metrics and both states give a memory that stands for its prefix better than nothing does."""
-    from attnmem_local.evaluate.fidelity import fidelity
-
-    for options in ({"metric": "l2", "state": "exact"}, {"metric": "l2", "state": "mean"}, {"metric": "cosine", "state": "mean"}):
-        path = tiny.save(tiny.fitted(entries=128, **options), "options")
-        result = fidelity(tiny.path, path, [tiny.live])
-        without = fidelity(tiny.path, tiny.save(tiny.fitted(entries=1), "one"), [tiny.live])
-        assert result["kl_mean"] < without["kl_mean"]
-
-
 def test_no_queries(tiny, tmp_path):
     with pytest.raises(ValueError, match="no queries"):
         build_memory(tiny.model, SYSTEM, tmp_path / "x.gguf", queries=[[]])
@@ -103,7 +91,7 @@ def test_a_build_says_what_it_will_take_before_the_work_begins(tiny):
     build_memory(tiny.model, SYSTEM, share=0.5, progress=told)
     assert told.order[:4] == ["load model", "estimate", math.prod(study_shape(1)), "prefill"]
     work = sum(told.seconds.values()) - told.seconds["load model"] - told.seconds["estimate"]
-    assert work / 8 < told.expected < 8 * work  # wide, as anything may run beside a test; bench/build_time.py measures it
+    assert work / 8 < told.expected < 8 * work  # wide, as anything may run beside a test; bench/speed/build_time.py measures it
 
     told = Told()
     build_memory(tiny.model, SYSTEM, share=0.5, queries=["repeat"], progress=told)
@@ -136,34 +124,13 @@ def test_a_build_without_a_window_of_self_study_is_refused(tiny):
         build_memory(tiny.model, SYSTEM, windows=0)
 
 
-def test_mean_state_of_a_cluster():
-    """Z is the mean of exp(lse), o the Z-weighted mean: equation 5 of arXiv 2605.18226."""
-    o, lse = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]), torch.tensor([0.0, float(np.log(3)), 2.0])
-    mean, log_z = mean_state(o, lse, torch.tensor([0, 0, 1]))
-    assert torch.allclose(log_z, torch.tensor([float(np.log(2)), 2.0]))
-    assert torch.allclose(mean, torch.tensor([[0.25, 0.75], [5.0, 5.0]]))
-
-
-def test_cluster():
-    g = torch.Generator().manual_seed(0)
-    groups = 10 * torch.randn(8, 4, generator=g)
-    q = (groups[:, None] + 0.01 * torch.randn(8, 50, 4, generator=g)).flatten(0, 1)
-    for metric in ("l2", "cosine"):
-        centroid, nearest = cluster(q, 32, metric, torch.Generator().manual_seed(1))
-        assert len(centroid) <= 32
-        assert (q - centroid[nearest]).norm(dim=-1).max() < 0.1
-        for i in range(len(centroid)):
-            assert torch.allclose(centroid[i], q[nearest == i].mean(0), atol=1e-4)
-    assert len(cluster(q[:5], 8, "l2", g)[0]) <= 5  # fewer queries than entries
-    assert len(cluster(q[:1].repeat(9, 1), 8, "l2", g)[0]) == 1  # equal queries
-
-
 def test_self_study_is_live_text_about_the_prefix(tiny):
     prefix = chat_prefix(tiny.model.tokenizer, SYSTEM)
     kv = prefill(tiny.model, prefix.tokens)
-    windows = self_study(tiny.model, prefix, kv, n_windows=9, window=48, seed=3)
+    build = Build(tiny.model, prefix, seed=3, kv=kv)
+    windows = self_study(build, n_windows=9, window=48)
     assert [len(w) for w in windows] == [48] * 9
-    assert windows == self_study(tiny.model, prefix, kv, n_windows=9, window=48, seed=3)
+    assert windows == self_study(build, n_windows=9, window=48)
     assert tiny.model.tokenizer.decode(windows[0]).startswith("user\nSummarize")
 
 
@@ -186,9 +153,7 @@ def test_prefix_of_a_chat(tiny):
     tokenizer = tiny.model.tokenizer
     prefix = chat_prefix(tokenizer, SYSTEM)
     for content in ("Hi", "9 to 5?", "\n", "<|im_end|>"):
-        chat = tokenizer.render([*SYSTEM, {"role": "user", "content": content}], True)
-        assert prefix.tokens + drop_prefix(chat, prefix.tokens) == chat
-    with pytest.raises(errors.PrefixMismatch, match="tokens agree"):
-        drop_prefix(tokenizer.render([{"role": "user", "content": "Hi"}], True), prefix.tokens)
+        message = {"role": "user", "content": content}
+        assert prefix.tokens + live_chat(tokenizer, prefix, [message]) == tokenizer.render([*SYSTEM, message], True)
     with pytest.raises(errors.PrefixMismatch, match="another one"):
         with_prefix_messages([{"role": "system", "content": "x"}], SYSTEM)

@@ -6,7 +6,7 @@ import pytest
 from helpers.mixed import mixed_memory
 from helpers.models import Tiny
 
-from attnmem_local.cli.common import KV_TYPES
+from attnmem_local.engine.kv_cache import KV_TYPES
 from attnmem_local.evaluate.scorer import Scorer, kl
 
 Q8_0 = KV_TYPES["q8_0"]

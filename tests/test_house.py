@@ -10,9 +10,10 @@ MAY_IMPORT = {  # what a room imports is in itself or in one of these
     "memory": set(),
     "prompt": {"memory"},
     "engine": {"memory"},
-    "builder": {"memory", "prompt", "engine"},
+    "builder": {"memory", "prompt", "engine", "library"},
     "runtime": {"memory", "prompt", "engine"},
     "evaluate": {"memory", "prompt", "engine", "builder", "runtime"},
+    "conversation": {"memory", "prompt", "engine", "runtime"},
     "library": {"memory"},
 }
 MEMORY_NEEDS = {"numpy", "gguf"}

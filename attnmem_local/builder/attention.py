@@ -1,4 +1,4 @@
-"""The attention of the transformers model, replaced: it merges attention over the live tokens with the state of what lies before them.
+"""The attention that replaces that of the transformers model: it merges live tokens with the state of what lies before them.
 
 A session gives that state. Sessions differ in where it comes from, see capture.py.
 """
@@ -15,15 +15,15 @@ ATTENTION_NAME = "attnmem"
 
 class Session(Protocol):
     def past(self, layer: int, q: torch.Tensor, scale: float, live: State) -> State | None:
-        """State of what lies before the live tokens for queries q [batch, n_head_kv, g·n_tokens, d_k].
+        """The state of what lies before the live tokens, for queries q [batch, n_head_kv, g·n_tokens, d_k].
 
-        live: their state over the live tokens, shaped like the result.
+        live: the state of the queries over the live tokens, shaped like the result.
         """
 
     def live(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All live keys and values, given those of the tokens just run [batch, n_head_kv, n_tokens, d]."""
+        """All live keys and values. k, v: those of the tokens just run, [batch, n_head_kv, n_tokens, d]."""
 
-    hidden: torch.Tensor | None  # bool, true where a live token is not seen: [batch, 1, 1, n_tokens, n]; None is causal
+    hidden: torch.Tensor | None  # bool [batch, 1, 1, n_tokens, n], true where a live token is masked; None: causal
 
 
 def _attention(module, query, key, value, attention_mask, scaling, session: Session, **_):
@@ -34,7 +34,7 @@ def _attention(module, query, key, value, attention_mask, scaling, session: Sess
     state = causal_state(
         q.view(batch, n_head_kv, -1, n_tokens, d_k), k[:, :, None].float(), v[:, :, None].float(), scaling, _on(session.hidden, q)
     )
-    state = tuple(x.flatten(2, 3) for x in state)
+    state = state[0].flatten(2, 3), state[1].flatten(2, 3)
     past = session.past(module.layer_idx, q, scaling, state)
     if past is not None:
         state = merge(past, state)
@@ -43,7 +43,7 @@ def _attention(module, query, key, value, attention_mask, scaling, session: Sess
 
 
 def _on(x: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor | None:
-    """On the device of another tensor: layers may lie on several."""
+    """A tensor on the device of another one: layers may lie on several devices."""
     return None if x is None else x.to(other.device)
 
 

@@ -1,4 +1,4 @@
-"""What a build reads and where it writes, checked before the work: a mistyped path must not cost the minutes of a build."""
+"""What a build reads and where it writes, checked before the work: a mistyped path must not cost minutes."""
 
 import os
 from collections.abc import Sequence
@@ -8,15 +8,14 @@ from ..memory.errors import BadInput
 from ..memory.files import check_space
 from ..memory.messages import parse_messages
 from ..prompt.texts import read_text
+from .sources import SOURCES, Query
 from .sources.traces import read_traces
 
-SOURCES = ("repeat", "self-study")  # of queries, that are no files
 
-
-def check_inputs(model, prefix, queries: Sequence[str | list], out: str | os.PathLike | None) -> None:
+def check_inputs(model, prefix, queries: Sequence[Query], out: str | os.PathLike | None) -> None:
     """Raises OSError or BadInput for a file that cannot be used, or a place that cannot be written.
 
-    All as build_memory takes them; what is not a path is not looked at.
+    The arguments are those of build_memory. Only paths among them are checked.
     """
     parts = [prefix] if isinstance(prefix, (str, os.PathLike)) else prefix if isinstance(prefix, (list, tuple)) else []
     parts = [part for part in parts if isinstance(part, (str, os.PathLike))]
@@ -30,7 +29,7 @@ def check_inputs(model, prefix, queries: Sequence[str | list], out: str | os.Pat
                 parse_messages(text)
     for path in traces:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"there is no file of traces '{path}'; other sources of queries are {' and '.join(SOURCES)}")
+            raise FileNotFoundError(f"there is no file of traces '{path}'; give a file, or one of {', '.join(SOURCES)}")
         if _is_kept(path):
             read_traces(path)
     if out is not None:
@@ -38,13 +37,13 @@ def check_inputs(model, prefix, queries: Sequence[str | list], out: str | os.Pat
 
 
 def _is_kept(path: str | os.PathLike) -> bool:
-    """Whether a file can be read twice: a pipe cannot. Raises OSError if there is none."""
+    """Whether a file can be read twice, unlike a pipe. Raises OSError if it does not exist."""
     os.stat(path)
     return not Path(path).is_fifo()
 
 
 def check_target(out: str | os.PathLike, inputs: Sequence[str | os.PathLike] = ()) -> None:
-    """Raises OSError or BadInput if a memory cannot be written to a path, or would replace what it is built from."""
+    """Raises OSError or BadInput if a memory cannot be written to a path, or would replace one of its inputs."""
     check_space(out, 0)
     for path in inputs:
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):

@@ -1,99 +1,65 @@
-"""A PyTorch runtime of a memory: slow, plain, and the oracle of the tests."""
+"""The builder's runtime: the state that a memory gives to queries, in PyTorch.
 
-from typing import NamedTuple
+While a memory is fitted, the layers above run on it, and its fidelity to the full prefix is measured with it. The tests
+compare llama.cpp's runtime with it.
+"""
 
 import torch
 
 from ..memory.entries import Entries
 from ..memory.memory import Memory
 from ..memory.tables import rows
-from .capture import Live
-from .model import BuildModel
-from .state import State, merge, state_of_logits
+from .entries import KINDS
+from .entries.head import HeadEntries
+from .state import State, merge
+
+Converted = dict[tuple[int, int, str, int], HeadEntries]  # by segment, layer, kind and KV head
 
 
-class Table(NamedTuple):
-    """The entries of one KV head in float32."""
+def memory_state(memory: Memory, layer: int, q: torch.Tensor, converted: Converted | None = None) -> State:
+    """The state of all segments for queries q [..., n_head_kv, n_q, d_k] float32, in GGUF order. Every search is exact.
 
-    key: torch.Tensor  # [n, d_k]
-    bias: torch.Tensor  # [n]
-    value: torch.Tensor  # [n, d_v]
-    lse: torch.Tensor | None  # [n]
-
-
-Tables = dict[tuple, Table]  # by segment, layer, kind and KV head
-
-
-def memory_state(memory: Memory, layer: int, q: torch.Tensor, tables: Tables | None = None) -> State:
-    """State of all segments for queries q [..., n_head_kv, n_q, d_k] float32, in GGUF order; every search is exact.
-
-    tables: those of this memory that were converted before; new ones are added.
+    converted: tables of this memory that earlier calls have converted; new ones are added.
     """
-    tables = {} if tables is None else tables
+    converted = {} if converted is None else converted
     merged = []
     for h in range(memory.model.head_count_kv):
         q_h = q[..., h, :, :]
         state = q.new_zeros(*q_h.shape[:-1], memory.model.value_length), q.new_full(q_h.shape[:-1], -torch.inf)
         for s in range(len(memory.layers)):
-            for other in _segment_states(memory, s, layer, h, q_h, tables):
+            for other in segment_states(memory, s, layer, h, q_h, converted):
                 state = merge(state, other)
         merged.append(state)
     return torch.stack([o for o, _ in merged], dim=-3), torch.stack([lse for _, lse in merged], dim=-2)
 
 
-def memory_session(model: BuildModel, memories: list[Memory]) -> Live:
-    """A session whose past is these memories, for running live tokens in PyTorch."""
-    tables: list[Tables] = [{} for _ in memories]
-
-    def past(layer, q, scale):
-        state = None
-        for memory, converted in zip(memories, tables):
-            other = memory_state(memory, layer, model.to_gguf_order(q), converted)
-            state = other if state is None else merge(state, other)
-        return state
-
-    return Live(past)
-
-
-def _segment_states(memory: Memory, s: int, layer: int, h: int, q: torch.Tensor, tables: Tables):
-    """One state for each kind of entries that KV head h has in a segment."""
-    if (found := memory.layers[s].get(layer)) is None:
-        return
-
-    def table(kind: str) -> Table | None:
-        entries = getattr(found, kind)
+def segment_states(memory: Memory, s: int, layer: int, h: int, q: torch.Tensor, converted: Converted) -> list[State]:
+    """The states of KV head h in a segment for queries q [..., n_q, d_k], one for each kind that has a state of its own."""
+    states: dict[str, State] = {}
+    if (layer_memory := memory.layers[s].get(layer)) is None:
+        return []
+    for kind in KINDS:
+        entries: Entries | None = getattr(layer_memory, kind.name)
         if entries is None or entries.offset[h] == entries.offset[h + 1]:
-            return None
-        key = (s, layer, kind, h)
-        if key not in tables:
-            tables[key] = _table(entries, h, q.device)
-        return tables[key]
-
-    scale = memory.model.scale
-    if t := table("centroid"):
-        best = (q @ t.key.T + t.bias).argmax(-1)
-        yield t.value[best], t.lse[best]
-    if t := table("tangent"):
-        best = (q @ t.key.T + t.bias).max(-1)
-        yield t.value[best.indices], best.values
-    if t := table("token"):
-        logits = scale * (q @ t.key.T) + t.bias
-        top = logits.topk(min(memory.token_top_k, logits.shape[-1]))
-        yield state_of_logits(torch.full_like(logits, -torch.inf).scatter(-1, top.indices, top.values), t.value)
-    if t := table("anchor"):
-        o, lse = state_of_logits(scale * (q @ t.key.T) + t.bias, t.value)
-        if t := table("residual"):
-            best = (q @ t.key.T + t.bias).argmax(-1)
-            o, lse = o + t.value[best], lse + t.lse[best]
-        yield o, lse
+            continue
+        key = (s, layer, kind.name, h)
+        if key not in converted:
+            converted[key] = head_entries(entries, h, q.device)
+        o, lse = kind.state(converted[key], q, memory)
+        if kind.corrects is None:
+            states[kind.name] = o, lse
+        else:
+            base_o, base_lse = states[kind.corrects]
+            states[kind.corrects] = base_o + o, base_lse + lse
+    return list(states.values())
 
 
-def _table(entries: Entries, h: int, device: torch.device) -> Table:
+def head_entries(entries: Entries, h: int, device: torch.device) -> HeadEntries:
+    """The entries of KV head h in float32, in GGUF order."""
     head = entries.head(h)
-    arrays = (
-        rows(entries.key[head]),
-        entries.bias[head],
-        rows(entries.value[head]),
-        entries.lse[head] if entries.lse is not None else None,
-    )
-    return Table(*(None if a is None else torch.tensor(a, device=device) for a in arrays))
+
+    def tensor(array):
+        return torch.tensor(array, device=device)
+
+    lse = None if entries.lse is None else tensor(entries.lse[head])
+    return HeadEntries(tensor(rows(entries.key[head])), tensor(entries.bias[head]), tensor(rows(entries.value[head])), lse)

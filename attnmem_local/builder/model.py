@@ -1,4 +1,4 @@
-"""Where a model to build from comes from: a transformers directory, or the very GGUF that will run."""
+"""The model to build from: a transformers directory, or the same GGUF that will run with the memory."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import gguf
@@ -22,7 +23,7 @@ from ..memory.messages import check_text
 from ..memory.spec import ModelSpec
 from .attention import ATTENTION_NAME
 
-# model_type of transformers -> architecture of GGUF, and whether GGUF stores Q and K with interleaved RoPE pairs
+# model_type of transformers -> architecture of GGUF, and whether the GGUF stores Q and K with interleaved RoPE pairs
 _ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
 _FNV_BASIS = 0xCBF29CE484222325
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -30,12 +31,13 @@ _ROPE_TYPES = ("default", "linear", "llama3")
 
 @dataclass
 class BuildModel:
-    """A model in PyTorch, and what a memory has to know about it."""
+    """A model in PyTorch, and what a memory records about it."""
 
     module: transformers.PreTrainedModel
     tokenizer: Tokenizer
     spec: ModelSpec
     interleaved: bool  # GGUF order of a head: gguf[2i] = hf[i], gguf[2i + 1] = hf[i + d/2]
+    file_name: str | None = None  # of the GGUF or directory, without its folder: the runtime finds the model by it
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +57,7 @@ class BuildModel:
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x
 
     def rotate(self, x: torch.Tensor, delta: int) -> torch.Tensor:
-        """Move queries or keys [..., d_k], after RoPE and in the order of transformers, by delta positions."""
+        """Queries or keys [..., d_k], after RoPE and in the order of transformers, moved by delta positions."""
         rotary = self.module.get_decoder().rotary_emb
         angle = delta * rotary.inv_freq.double().to(x.device)
         cos, sin = angle.cos().repeat(2), angle.sin().repeat(2)
@@ -64,11 +66,12 @@ class BuildModel:
 
 
 def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel:
-    """Load a model to build from, with CUDA when there is a GPU (float32 on the CPU, bfloat16 on CUDA).
+    """Load a model to build from, on a GPU if there is one (float32 on the CPU, bfloat16 on CUDA).
 
-    path: a transformers directory or a GGUF file. device: "cpu", "cuda" for all GPUs that are needed, or one of them. Raises
-    ValueError for a file that is no model, for a device that is not there or has no room for it, Unsupported for architectures
-    that are not known to work.
+    path: a transformers directory or a GGUF file.
+    device: "cpu", "cuda" for as many GPUs as the model needs, or one GPU such as "cuda:1".
+    Raises BadInput for a file that is not a model and for a device that is missing or too small, Unsupported for an
+    architecture that the builder does not support.
     """
     path = Path(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,9 +80,10 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel
         config = transformers.AutoConfig.from_pretrained(path)
         _architecture(config)
         module = _module(path, device)
-        tokenizer = _TransformersTokenizer(path)
+        transformers_tokenizer = _TransformersTokenizer(path)
         tensors = _norms_of_module(module, _architecture(config)[0])
-        vocab = tokenizer.vocab(config.vocab_size)
+        vocab = transformers_tokenizer.vocab(config.vocab_size)
+        tokenizer: Tokenizer = transformers_tokenizer
     else:
         reader = _read_gguf(path)
         architecture = reader.fields["general.architecture"].contents()
@@ -94,22 +98,22 @@ def load_model(path: str | os.PathLike, device: str | None = None) -> BuildModel
         vocab = reader.fields["tokenizer.ggml.tokens"].contents()
     module = module.eval().requires_grad_(False)
     spec = _spec(module.config, fingerprint_norms(tensors), fingerprint_vocab(vocab))
-    return BuildModel(module, tokenizer, spec, _architecture(module.config)[1])
+    return BuildModel(module, tokenizer, spec, _architecture(module.config)[1], path.name)
 
 
 def _check_device(device: str) -> None:
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise BadInput(f"there is no device '{device}'; choose cpu or cuda")
+        raise BadInput(f"'{device}' is not a device that the builder knows; choose cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise BadInput("PyTorch sees no GPU; build with --device cpu, or install a PyTorch for CUDA")
 
 
 class _Reader(gguf.GGUFReader):
-    """Reads a GGUF through a plain array: each of the many slices of a memmap takes several times as long."""
+    """Reads a GGUF through a plain array, whose many slices take a fraction of the time that those of a memmap take."""
 
     @property
-    def data(self) -> np.ndarray:
+    def data(self) -> Any:
         return self._data
 
     @data.setter
@@ -118,12 +122,12 @@ class _Reader(gguf.GGUFReader):
 
 
 def _read_gguf(path: Path) -> gguf.GGUFReader:
-    if (found := file_kind(path)) not in ("model", "unknown"):
-        raise BadInput(f"'{path}' is not a GGUF file" if found == "other" else f"'{path}' is a {found}; a model is needed here")
+    if (kind := file_kind(path)) not in ("model", "unknown"):
+        raise BadInput(f"'{path}' is {'not a GGUF file' if kind == 'other' else f'a {kind}'}; a model is needed here")
     try:
         reader = _Reader(path)
         reader.fields["general.architecture"].contents(), reader.fields["tokenizer.ggml.tokens"]
-    except Exception as error:  # the reader checks little: a damaged file can fail in any of its expressions
+    except Exception as error:  # the reader checks little, so a damaged file can fail anywhere in it
         raise BadInput(f"the model '{path}' is incomplete or damaged ({type(error).__name__}: {error})") from None
     return reader
 
@@ -133,15 +137,15 @@ def _module(folder: Path, device: str, **options) -> transformers.PreTrainedMode
         options["dtype"] = torch.float32
     else:
         options["dtype"] = torch.bfloat16
-        options["device_map"] = "sequential" if device == "cuda" else device  # one GPU, and the next where it is full
+        options["device_map"] = "sequential" if device == "cuda" else device  # fills one GPU before the next
     module = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=ATTENTION_NAME, **options)
     if device != "cpu" and {"cpu", "disk"} & set(map(str, getattr(module, "hf_device_map", {}).values())):
-        raise BadInput("the GPUs that there are have no room for this model; build with --device cpu")
+        raise BadInput("the available GPUs do not have enough memory for this model; build with --device cpu")
     return module
 
 
-def fnv1a(data: bytes, value: int) -> int:
-    """FNV-1a, 64 bit, over little-endian words of 8 bytes, the last one filled up with zeros, and the number of bytes."""
+def fingerprint_hash(data: bytes, value: int) -> int:
+    """A hash like FNV-1a, 64 bit, but over little-endian words of 8 bytes: zero-padded data, then its number of bytes."""
     words = np.frombuffer(data + bytes(-len(data) % 8), dtype="<u8").tolist()
     for word in [*words, len(data)]:
         value = (value ^ word) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
@@ -149,17 +153,17 @@ def fnv1a(data: bytes, value: int) -> int:
 
 
 def fingerprint_norms(tensors: dict) -> str:
-    """Hash of the norm tensors, which every quantization keeps in float32: GGUF name -> float32 array."""
+    """A hash of the norm tensors (GGUF name -> float32 array), which every quantization keeps in float32."""
     value = _FNV_BASIS
     for name in sorted(tensors):
-        value = fnv1a(tensors[name].tobytes(), fnv1a(name.encode(), value))
+        value = fingerprint_hash(tensors[name].tobytes(), fingerprint_hash(name.encode(), value))
     return f"{value:016x}"
 
 
 def fingerprint_vocab(tokens: list[str]) -> str:
     value = _FNV_BASIS
     for i, text in enumerate(tokens):
-        value = fnv1a((text or f"[EMPTY_{i}]").encode(), value)
+        value = fingerprint_hash((text or f"[EMPTY_{i}]").encode(), value)
     return f"{value:016x}"
 
 
@@ -171,7 +175,7 @@ class _TransformersTokenizer(Tokenizer):
         return self._tokenizer.encode(check_text(text, "the text"), add_special_tokens=add_bos)
 
     def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens)
+        return str(self._tokenizer.decode(tokens))
 
     @cached_property
     def _special(self) -> set[int]:
@@ -242,15 +246,15 @@ def _norms_of_module(module, architecture: str) -> dict:
 
 @contextmanager
 def _loading(reader: gguf.GGUFReader) -> Iterator[None]:
-    """How transformers is to dequantize the GGUF of a reader: without progress bars and a report of keys, and in half the time.
+    """Makes transformers dequantize the GGUF of a reader silently and in half the time.
 
-    Left alone it reads the header of the file twice more, and makes the table of tensor names anew for every module.
+    By itself it would read the header of the file twice more, and make the table of tensor names again for every module.
     """
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with (
-        patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors),  # this one does not ask the logging
+        patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors),  # this bar ignores the verbosity
         patch.object(gguf, "GGUFReader", lambda path: reader),
         patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
     ):

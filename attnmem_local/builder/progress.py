@@ -1,4 +1,4 @@
-"""Progress of long work: on a terminal one bar with a time left per stage, in a log a line now and then."""
+"""Progress of long work: on a terminal a bar per stage with the time left, in a log a line now and then."""
 
 import time
 from contextlib import contextmanager
@@ -7,27 +7,30 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-EVERY = 10  # seconds between two lines of a log
+EVERY = 10  # seconds between two lines in a log
 
 
 class Progress:
-    """Stages one after another; `seconds` holds how long each took."""
+    """Stages one after another. `seconds` holds the duration of each."""
 
     def __init__(self, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet)
         self.seconds: dict[str, float] = {}
-        self.expected: float | None = None  # seconds of the stages to come, once expect() has been told them
+        self.expected: float | None = None  # seconds of the remaining stages, set by expect()
 
     def expect(self, n_written: int, seconds: float) -> None:
-        """What the stages to come will take: tokens that self-study writes, and seconds."""
+        """Announce the remaining stages: tokens that self-study will write, and seconds."""
         self.expected = seconds
         text = f"writing {n_written:,} tokens of self-study, " if n_written else ""
         about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-        self.console.print(f"{text}about {about} on this machine", markup=False, highlight=False)
+        self.say(f"{text}about {about} on this machine")
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None):
-        """Yields a function that advances the stage, in units of total."""
+        """A stage of the work. Yields a function that advances it, in units of total."""
         start = time.monotonic()
         with (self._bar if self.console.is_terminal else self._lines)(name, total) as step:
             yield step
@@ -59,10 +62,7 @@ class Progress:
             if total and now - told >= EVERY:
                 told = now
                 left = (now - start) * max(total - done, 0) / done
-                self._say(f"{name}: {min(done / total, 1):.0%}, {left:.0f} s left")
+                self.say(f"{name}: {min(done / total, 1):.0%}, {left:.0f} s left")
 
-        self._say(name)
+        self.say(name)
         yield step
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

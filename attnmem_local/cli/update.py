@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
+from ..library import memory_path, model_of
 from .common import (
-    build_model_argument,
     device_option,
-    file_type,
-    memory_type,
-    out_type,
+    memory_argument,
+    model_option,
+    prefix_argument,
     print_seconds,
     queries_option,
     seed_option,
@@ -18,24 +18,29 @@ from .common import (
 
 
 @click.command()
-@click.argument("memory", type=memory_type)
-@build_model_argument
-@click.argument("prefix", type=file_type, nargs=-1, required=True)
-@click.option("-o", "--out", type=out_type, help="The new memory file.  [default: MEMORY]")
+@memory_argument
+@prefix_argument
+@model_option(None, folder=True)
+@click.option("-o", "--out", help="The new memory, by name or by file.  [default: MEMORY]")
 @queries_option
 @tools_option
 @seed_option
 @device_option
-def update(memory: Path, model: Path, prefix: tuple[Path, ...], out: Path | None, queries: tuple[str, ...], **options) -> None:
-    """Rebuild those parts of MEMORY whose text has changed.
+def update(
+    memory: Path, prefix: tuple[Path, ...], model: Path | None, out: str | None, queries: tuple[str, ...], **options
+) -> None:
+    """Rebuild the changed parts of a memory.
 
     PREFIX: all parts of the prefix, as `attnmem build` took them; parts may be changed, added and left out.
     """
+    path = memory if out is None else memory_path(out)
+    model = model or model_of([memory], folder=True)
+
     from ..builder.progress import Progress
     from ..builder.update import update_memory
     from .show import print_memory
 
     progress = Progress()
-    result = update_memory(memory, model, list(prefix), out or memory, queries=queries, progress=progress, **options)
-    print_memory(result, out or memory)
+    result = update_memory(memory, model, list(prefix), path, queries=queries, progress=progress, **options)
+    print_memory(result, path)
     print_seconds(progress)

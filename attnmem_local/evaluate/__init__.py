@@ -1,1 +1,1 @@
-"""What a memory loses against the prefix that it stands for, measured in the llama.cpp runtime."""
+"""How far a memory deviates from its prefix, measured in the llama.cpp runtime."""

@@ -1,9 +1,7 @@
-"""The exact memory of a prefix against the prefix itself: the test that guards capture, layout, positions and merge."""
+"""Comparing the exact memory of a prefix with the prefix itself, which tests capture, layout, positions and merge at once."""
 
 import ctypes
 import os
-import tempfile
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 
 from ..builder.build import exact_memory
 from ..builder.capture import PrefixKV, prefill
-from ..builder.model import load_model
+from ..builder.model import BuildModel, load_model
 from ..builder.progress import Progress
 from ..memory.prefix import Prefix
 from ..runtime.llama import MemoryLlama
@@ -23,15 +21,18 @@ F32 = 0  # ggml_type
 def exactness(
     model_path: str | os.PathLike, tokens: list[int], live: list[int], *, n_greedy: int = 64, progress=None, **options
 ) -> dict[str, float | bool]:
-    """The exact memory of a prefix (anchors = every key and value, bias 0) against the prefix itself.
+    """The deviation of the exact memory of a prefix (every key and value an anchor with bias 0) from the prefix itself.
 
-    tokens: the prefix. live: text after it. The memory is built twice: from keys and values captured by the
-    transformers builder, and from the KV cache of the runtime.
-    options: how the memory is run, such as type_k, type_v and flash_attn of MemoryLlama. The reference is always the full
-    prefix with an F16 cache, without flash attention.
-    Returns kl_builder, kl_runtime and their larger one kl_mean; kl_floor, the noise of the runtime on the same text: the
-    full prefix with these options (with none, with flash attention) against the reference; greedy_equal, whether both
-    memories give the n_greedy tokens of the reference.
+    Two memories are compared: one from the keys and values that the builder captures in transformers, one from those in the
+    runtime's KV cache. The reference is the full prefix with an F16 cache, without flash attention.
+
+    tokens: the prefix. live: the text after it.
+    options: how the memories are run, such as type_k, type_v and flash_attn of MemoryLlama.
+    Returns
+        kl_builder, kl_runtime, kl_mean: mean KL of each memory to the reference, and the larger of the two.
+        kl_floor: the runtime's noise, as the KL of the full prefix run with these options, or with flash attention if there
+            are none, to the reference.
+        greedy_equal: whether both memories give the same n_greedy tokens as the reference.
     """
     progress = progress or Progress(quiet=True)
     with progress.stage("load model"):
@@ -44,24 +45,21 @@ def exactness(
         n_live = len(live) + n_greedy
         full = Scorer(model_path, tokens, n_live=n_live)
         expected, expected_tokens = full.log_probs(live), full.greedy(live, n_greedy)
-        full.close()
-        floor = Scorer(model_path, tokens, n_live=n_live, **(options or {"flash_attn": True}))
+        floor = Scorer(full, tokens, n_live=n_live, **(options or {"flash_attn": True}))
         result = {"kl_floor": float(kl(expected, floor.log_probs(live)).mean())}
         floor.close()
         equal = []
-        with tempfile.TemporaryDirectory() as folder:
-            for name, kv in captured.items():
-                path = Path(folder) / f"{name}.mem.gguf"
-                exact_memory(model, prefix, kv).save(path)
-                run = Scorer(model_path, memory=path, n_live=n_live, **options)
-                result[f"kl_{name}"] = float(kl(expected, run.log_probs(live)).mean())
-                equal.append(run.greedy(live, n_greedy) == expected_tokens)
-                run.close()
+        for name, kv in captured.items():
+            run = Scorer(full, memory=exact_memory(model, prefix, kv), n_live=n_live, **options)
+            result[f"kl_{name}"] = float(kl(expected, run.log_probs(live)).mean())
+            equal.append(run.greedy(live, n_greedy) == expected_tokens)
+            run.close()
+        full.close()
     return {"kl_mean": max(result["kl_builder"], result["kl_runtime"]), **result, "greedy_equal": all(equal)}
 
 
-def runtime_kv(model_path: str | os.PathLike, model, tokens: list[int]):
-    """Keys and values of a prefix from llama.cpp's own F32 KV cache, moved to positions −P … −1."""
+def runtime_kv(model_path: str | os.PathLike, model: BuildModel, tokens: list[int]):
+    """Keys and values of a prefix from an F32 KV cache of llama.cpp, moved to positions −P … −1."""
     spec, n = model.spec, len(tokens)
     llama = MemoryLlama(str(model_path), n_ctx=n, verbose=False, type_k=F32, type_v=F32)
     llama.eval(tokens)
@@ -70,21 +68,21 @@ def runtime_kv(model_path: str | os.PathLike, model, tokens: list[int]):
     llama_cpp.llama_state_seq_get_data(llama.ctx, buffer, size, 0)
     llama.close()
 
-    # llama_kv_cache::state_write: all keys as [cell, head, d], then all values transposed to [head, d, cell]
+    # written by llama_kv_cache::state_write: the keys of all layers as [cell, head, d], then the values as [head, d, cell]
     data = memoryview(buffer).cast("B")
-    header = 4 + 4 + 4 + 4 + n * (4 + 4 + 4) + 4 + 4  # magic, sequence, streams, cells, positions, v_trans, layers
-    kv, at = PrefixKV(), header
+    kv = PrefixKV()
+    position = 4 + 4 + 4 + 4 + n * (4 + 4 + 4) + 4 + 4  # bytes: magic, sequence, streams, cells, cell positions, v_trans, layers
     for il in range(spec.block_count):
-        at += 4 + 8  # type, row size
-        k = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.key_length, at)
-        at += k.nbytes
-        k = torch.from_numpy(k.reshape(n, spec.head_count_kv, spec.key_length).swapaxes(0, 1).copy())
-        kv.k.append(model.rotate(model.from_gguf_order(k), -n).to(model.device_of(il)))
+        position += 4 + 8  # type, row size
+        k = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.key_length, position)
+        position += k.nbytes
+        k = k.reshape(n, spec.head_count_kv, spec.key_length).swapaxes(0, 1)
+        kv.k.append(model.rotate(model.from_gguf_order(torch.from_numpy(k.copy())), -n).to(model.device_of(il)))
     for il in range(spec.block_count):
-        at += 4 + 4 + 4  # type, element size, rows
-        v = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.value_length, at)
-        at += v.nbytes
+        position += 4 + 4 + 4  # type, element size, rows
+        v = np.frombuffer(data, np.float32, n * spec.head_count_kv * spec.value_length, position)
+        position += v.nbytes
         v = v.reshape(spec.head_count_kv, spec.value_length, n).swapaxes(1, 2)
         kv.v.append(torch.from_numpy(v.copy()).to(model.device_of(il)))
-    assert at == size, "the layout of llama_kv_cache::state_write has changed"
+    assert position == size, "the layout of llama_kv_cache::state_write has changed"
     return kv

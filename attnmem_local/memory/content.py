@@ -1,4 +1,4 @@
-"""The bytes of a memory file, as both readers take them."""
+"""Reading the bytes of a memory file, for the Python parser and the native loader alike."""
 
 import mmap
 import os
@@ -9,29 +9,29 @@ import numpy as np
 
 from .errors import Unreadable
 
-ALIGNMENT = 64  # bytes: the native reader uses tables in place, and a row of 64 float16 values is two cache lines
+ALIGNMENT = 64  # bytes, a cache line: the native loader uses the tables in place
 
 
 def read_content(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
-    """The content of a file: uint8 [n], read-only, beginning at a multiple of ALIGNMENT.
+    """The content of a file: uint8 [n], read-only, aligned to ALIGNMENT.
 
-    mapped: map the file instead of reading it. That saves the time and the RAM, but then a program that truncates or
-    overwrites the file in place, as cp does, changes what is used, or ends the process.
-    Raises Unreadable if it cannot be opened or is not a regular file.
+    mapped: map the file instead of reading it, which saves time and RAM. If another program then overwrites the file in
+    place, as cp does, the returned bytes change; if it truncates the file, access to them kills the process.
+    Raises Unreadable if the file cannot be opened, is not a regular file, or does not fit into RAM.
     """
     path = Path(path)
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:  # a FIFO must not block
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:  # or a FIFO would block here
             status = os.fstat(f.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise Unreadable(f"'{path}' is not a regular file")
+                raise Unreadable(f"'{path}' is not a regular file; name a memory file")
             if mapped and status.st_size:
                 return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-            content = _aligned(status.st_size)
-            content = content[: f.readinto(memoryview(content))]
+            content = _empty(status.st_size)
+            content = content[: f.readinto(content.data)]
     except MemoryError:
         raise Unreadable(f"'{path}' does not fit into RAM") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
         if isinstance(error, Unreadable):
             raise
         raise Unreadable(f"cannot open '{path}': {getattr(error, 'strerror', None) or error}") from None
@@ -39,7 +39,14 @@ def read_content(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
     return content
 
 
-def _aligned(n: int) -> np.ndarray:
-    """uint8 [n], beginning at a multiple of ALIGNMENT; numpy itself aligns to 16."""
-    room = np.empty(n + ALIGNMENT, np.uint8)
-    return room[-room.ctypes.data % ALIGNMENT :][:n]
+def _empty(n: int) -> np.ndarray:
+    """uint8 [n], aligned to ALIGNMENT; numpy itself guarantees 16 bytes only."""
+    padded = np.empty(n + ALIGNMENT, np.uint8)
+    return padded[-padded.ctypes.data % ALIGNMENT :][:n]
+
+
+def aligned(data: memoryview) -> np.ndarray:
+    """A copy of the bytes: uint8 [n], writable, aligned to ALIGNMENT."""
+    content = _empty(len(data))
+    content[:] = data
+    return content

@@ -1,7 +1,7 @@
-"""Refusals, one exception each. Whatever else is raised is an error of the program, and is never shown as bad input.
+"""Refusals, with an exception for each reason. Any other exception is a bug and is never reported as bad input.
 
-Every message says what is wrong, what was expected, and what to do. The native loader names its reason before a colon,
-"<reason>: <explanation>"; the reason picks the exception.
+Every message says what is wrong, what was expected, and what to do. Messages of the native loader have the form
+"<reason>: <explanation>"; the reason selects the exception.
 """
 
 
@@ -14,7 +14,7 @@ class BadInput(AttnmemError, ValueError):
 
 
 class OutOfRange(AttnmemError, OverflowError):
-    """A number does not fit into the type that the memory file stores it in."""
+    """A number does not fit into its type in the memory file."""
 
 
 class MemoryRefused(BadInput):
@@ -24,7 +24,7 @@ class MemoryRefused(BadInput):
 
 
 class Unreadable(MemoryRefused):
-    """The file cannot be opened."""
+    """The file cannot be opened or read."""
 
     reason = "unreadable"
 
@@ -36,13 +36,13 @@ class NotAMemory(MemoryRefused):
 
 
 class Truncated(MemoryRefused):
-    """The file ends before its content does."""
+    """The file ends before its content is complete."""
 
     reason = "truncated"
 
 
 class WrongVersion(MemoryRefused):
-    """The format version is not the one that this build reads."""
+    """The file has a format version that this build does not read."""
 
     reason = "version"
 
@@ -66,7 +66,7 @@ class WrongFinetune(MemoryRefused):
 
 
 class Unsupported(MemoryRefused):
-    """The architecture, or an option of the context, cannot take a memory."""
+    """The model's architecture, or an option of the context, does not work with memories."""
 
     reason = "unsupported"
 
@@ -78,7 +78,7 @@ class PrefixMismatch(MemoryRefused):
 
 
 class StaleStream(MemoryRefused):
-    """A stream cannot go on: the memories or the live tokens it began with are gone."""
+    """A stream cannot continue: the memories or live tokens it began with have changed."""
 
     reason = "stale_stream"
 

@@ -1,4 +1,4 @@
-"""Writing a file so that it is there as a whole or not at all, whatever happens and whoever else writes it."""
+"""Atomic file replacement: readers see the old file or the whole new one, even after a crash or with several writers."""
 
 import contextlib
 import errno
@@ -14,10 +14,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replace_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields where to write the new content; at the end that takes the place of `path`, or of the file a link points to.
+    """Yields a temporary file to write to, which replaces `path` on exit. If `path` is a link, its target is replaced.
 
-    Until then, and if anything fails, the old file stays. The permissions are those of the old file, or as for any new
-    one. What is left by writers that were killed is removed. Raises OSError where `path` cannot be written.
+    The old file stays until then, and for good if anything fails. Its permissions are kept; a file that did not exist gets the
+    usual ones. Temporary files of writers that were killed are removed. Raises OSError if `path` cannot be written.
     """
     target = _target(path)
     _remove_leftovers(target)
@@ -28,7 +28,7 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
         yield part
         _sync(part)
         os.replace(part, target)
-        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
             _sync(target.parent)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -38,10 +38,10 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_space(path: str | os.PathLike, nbytes: int) -> None:
-    """Raises the OSError that writing so many bytes to a path would end in, before the work: see replace_file."""
+    """Check, before long work, that replace_file could write nbytes to a path. Raises the OSError it would raise."""
     target = _target(path)
     try:
-        with tempfile.TemporaryFile(dir=target.parent):  # an attempt, as permissions do not tell of every file system
+        with tempfile.TemporaryFile(dir=target.parent):  # permission bits do not reveal a read-only file system, an attempt does
             pass
     except OSError as error:
         raise type(error)(
@@ -50,15 +50,15 @@ def check_space(path: str | os.PathLike, nbytes: int) -> None:
     if (free := shutil.disk_usage(target.parent).free) < nbytes:
         raise OSError(
             errno.ENOSPC,
-            f"'{path}' takes {nbytes / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left; free some or choose another --out",
+            f"'{path}' needs {nbytes / 1e6:.1f} MB, but the disk has {free / 1e6:.1f} MB left; free some or choose another --out",
         )
 
 
 def _target(path: str | os.PathLike) -> Path:
-    """The file that is written for a path. Raises OSError if it is not one, or if its folder is missing."""
+    """The file that a path names, links resolved. Raises OSError if it is not a regular file, or if its folder is missing."""
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"the folder of '{path}' does not exist")
+        raise FileNotFoundError(errno.ENOENT, f"the folder of '{path}' does not exist; create it or choose another --out")
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"'{path}' is a folder; name a file")
     if target.exists() and not target.is_file():
@@ -66,15 +66,16 @@ def _target(path: str | os.PathLike) -> Path:
     return target
 
 
-# A writer holds a lock on its temporary file, so that the file of a dead one can be told from that of a live one.
+# A writer keeps its temporary file locked. One that can be locked was left behind by a writer that was killed.
 
 
 def _stem(target: Path) -> str:
+    """How the names of a target's temporary files begin."""
     return f".{target.name[:50]}."
 
 
 def _create(target: Path) -> tuple[Path, int]:
-    """A new, empty file beside the target that no other writer knows, and the descriptor that its lock belongs to."""
+    """A new, empty, locked file beside the target, and the descriptor that holds the lock."""
     while True:
         part = target.with_name(f"{_stem(target)}{secrets.token_hex(4)}.part")
         try:
@@ -83,12 +84,13 @@ def _create(target: Path) -> tuple[Path, int]:
             continue
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:  # another writer may have taken it for a leftover before it was locked
+        if os.fstat(lock).st_nlink:  # else another writer removed it as a leftover before it was locked
             return part, lock
         os.close(lock)
 
 
 def _remove_leftovers(target: Path) -> None:
+    """Delete the target's temporary files that no living writer has locked."""
     for name in os.listdir(target.parent):
         if name.startswith(_stem(target)) and name.endswith(".part"):
             with contextlib.suppress(OSError):

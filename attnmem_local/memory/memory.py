@@ -1,11 +1,12 @@
-"""The Memory: what stands for a prefix."""
+"""The Memory, which stands in for a prefix."""
 
+import io
 import os
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .content import read_content
+from .content import aligned, read_content
 from .entries import LayerMemory
 from .files import check_space, replace_file
 from .parser import parse_memory
@@ -22,13 +23,13 @@ class Memory:
     prefix_tokens: list[int]
     prefix_text: str
     layers: list[dict[int, LayerMemory]]  # [segment][layer]
-    segment_offset: list[int]  # [n_segment + 1], segment s stands for prefix_tokens[segment_offset[s]:segment_offset[s + 1]]
-    prefix_messages: list[dict] | None = None  # chat messages that were rendered to the prefix
-    prefix_tools: list[dict] | None = None  # tools that were rendered with them
-    prefix_date: str | None = None  # ISO format; when, if the text of the prefix tells
-    token_top_k: int | None = None  # how many of the `token` entries a query attends; needed with any
-    build: dict[str, str | int | float] = field(default_factory=dict)  # how it was built
-    fidelity: dict[str, float] = field(default_factory=dict)  # what was measured when it was built
+    segment_offset: list[int]  # [n_segment + 1]: segment s stands for prefix_tokens[segment_offset[s]:segment_offset[s + 1]]
+    prefix_messages: list[dict] | None = None  # the chat messages that prefix_text was rendered from
+    prefix_tools: list[dict] | None = None  # the tools that were rendered with them
+    prefix_date: str | None = None  # ISO format, the time of rendering if prefix_text depends on it
+    token_top_k: int | None = None  # number of `token` entries that a query attends; required if there are any
+    build: dict[str, str | int | float] = field(default_factory=dict)  # settings of the build
+    fidelity: dict[str, float] = field(default_factory=dict)  # measured by the build, with the keys FIDELITY; empty if it was not
 
     @property
     def prefix(self) -> Prefix:
@@ -37,7 +38,7 @@ class Memory:
         )
 
     def nbytes(self) -> int:
-        """Bytes of all tables."""
+        """Bytes of all tensors."""
         return sum(array.nbytes for _, array in tensors(self))
 
     def kv_bytes(self) -> int:
@@ -45,7 +46,7 @@ class Memory:
         return len(self.prefix_tokens) * self.model.kv_bytes_per_token()
 
     def n_entries(self, kind: str) -> np.ndarray:
-        """Entries of a kind per segment, layer and KV head: int64 [n_segment, n_layer, n_head_kv]."""
+        """Number of entries of a kind per segment, layer and KV head: int64 [n_segment, n_layer, n_head_kv]."""
         n = np.zeros((len(self.layers), self.model.block_count, self.model.head_count_kv), dtype=np.int64)
         for s, layers in enumerate(self.layers):
             for il, layer in layers.items():
@@ -54,12 +55,18 @@ class Memory:
         return n
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file; the old one stays until the new one is whole. Raises OSError."""
+        """Write the file; an old one stays until the new one is complete. Raises OSError."""
         check_space(path, self.nbytes())
-        with replace_file(path) as part:
-            write_memory(self, part)
+        with replace_file(path) as part, open(part, "wb") as f:
+            write_memory(self, f)
+
+    def content(self) -> np.ndarray:
+        """The bytes that save would write: uint8 [n], writable, aligned to ALIGNMENT."""
+        buffer = io.BytesIO()
+        write_memory(self, buffer)
+        return aligned(buffer.getbuffer())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Memory":
-        """Read and check a file. Raises a MemoryRefused that names what is wrong."""
+        """Read and check a file. Raises a MemoryRefused that says what is wrong with it."""
         return cls(**parse_memory(read_content(path)))

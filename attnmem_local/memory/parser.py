@@ -1,4 +1,4 @@
-"""Reads the content of a memory file, which is not trusted: every field is checked before it is used. native/src has its twin."""
+"""Parsing an untrusted memory file: every field is checked before it is used. The native loader in native/src is its twin."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,48 +29,53 @@ from .tables import block_scales
 
 
 def parse_memory(content: np.ndarray) -> dict[str, Any]:
-    """The fields of the Memory that a file holds; content: uint8 [n], see read_content. Raises a MemoryRefused that says what is wrong."""
+    """The fields of the Memory in a file, by name. Raises a MemoryRefused that says what is wrong.
+
+    content: uint8 [n], see read_content.
+    """
     return _Parser(content).memory()
 
 
 class _Parser:
     def __init__(self, content: np.ndarray):
         self.file = GGUFFile(content)
-        self.n_used = 0
+        self.file.read_keys()
+        self.n_used = 0  # tensors that the memory uses
 
-    def value(self, key: str, kind: type):
-        """The value of a key: kind is str, int, float or list (of int). Numbers are finite."""
-        if (found := self.file.keys.get(key)) is None:
+    def value(self, key: str, kind: type) -> Any:
+        """The value of a required key; kind is str, int, float (which must be finite) or list (of int)."""
+        if (stored := self.file.keys.get(key)) is None:
             raise Invalid(f"the key '{key}' is missing")
-        if found.type != TYPES[kind]:
-            raise Invalid(f"the key '{key}' has type {found.type}, expected {TYPES[kind]}")
-        if kind is float and not np.isfinite(found.value):
+        if stored.type != TYPES[kind]:
+            raise Invalid(f"the key '{key}' has type {stored.type}, expected {TYPES[kind]}")
+        value: Any = stored.value
+        if kind is float and not np.isfinite(value):
             raise Invalid(f"the key '{key}' is not a finite number")
-        return found.value.tolist() if kind is list else found.value
+        return value.tolist() if kind is list else value
 
     def group(self, prefix: str, kinds: tuple[type, ...], but: str | None = None) -> dict:
-        """All values below a prefix of keys, which are of these kinds; but: the name of one that is not."""
+        """All values whose keys begin with prefix, each of one of the kinds; but: the one name to leave out."""
         of_type = {TYPES[kind]: kind for kind in kinds}
         return {
-            key[len(prefix) :]: self.value(key, of_type.get(found.type, kinds[0]))
-            for key, found in self.file.keys.items()
+            key[len(prefix) :]: self.value(key, of_type.get(stored.type, kinds[0]))
+            for key, stored in self.file.keys.items()
             if key.startswith(prefix) and key != f"{prefix}{but}"
         }
 
     def tensor(self, name: str, types: tuple[str, ...], shape: tuple) -> np.ndarray:
-        """A tensor that must be there, of one or two dimensions; one of None may be anything."""
-        if (found := self.tensors.get(name)) is None:
+        """A required tensor of one or two dimensions; None in shape accepts any size."""
+        if (tensor := self.tensors.get(name)) is None:
             raise Invalid(f"the tensor '{name}' is missing")
-        if found.type not in types:
-            raise Invalid(f"the tensor '{name}' has type {found.type}, expected {' or '.join(types)}")
-        expected = (1, 1, *shape)[-4:] if len(shape) == 2 else (1, 1, 1, *shape)
-        if any(b is not None and a != b for a, b in zip(found.shape, expected)):
-            raise Invalid(f"the tensor '{name}' has shape {found.shape}, expected {expected}")
-        array = found.data if len(shape) == 2 else found.data[0]
-        if found.type == "q8_0":
-            bounded = np.isfinite(block_scales(array))  # 127 times the largest is far below MAX_ABS
-        elif found.type == "i32":
-            bounded = np.True_  # offsets and ids have their own checks
+        if tensor.type not in types:
+            raise Invalid(f"the tensor '{name}' has type {tensor.type}, expected {' or '.join(types)}")
+        expected = (1,) * (4 - len(shape)) + shape
+        if any(size is not None and actual != size for actual, size in zip(tensor.shape, expected)):
+            raise Invalid(f"the tensor '{name}' has shape {tensor.shape}, expected {expected}")
+        array = tensor.data if len(shape) == 2 else tensor.data[0]
+        if tensor.type == "q8_0":
+            bounded = np.isfinite(block_scales(array))  # at most 127 x 65504, far below MAX_ABS
+        elif tensor.type == "i32":
+            bounded = np.True_  # offsets and ids are checked where they are used
         else:
             bounded = (np.abs(array) <= MAX_ABS) | (name.endswith(".centroid.lse") & (array == -np.inf))
         if not bounded.all():
@@ -79,12 +84,30 @@ class _Parser:
         return array
 
     def table(self, name: str, n: int | None, d: int) -> np.ndarray:
-        """A table of keys or values that must be there."""
+        """A required table of keys or values, [n, d]."""
         return self.tensor(name, ("f16", "f32", "q8_0"), (n, d))
 
     def memory(self) -> dict[str, Any]:
-        what = [self.file.keys.get(key) for key in ("general.type", "adapter.type")]
-        if what != [Value("str", "adapter"), Value("str", ADAPTER_TYPE)]:
+        self.check_header()
+        spec = self.spec()
+        prefix = self.prefix()
+        segment_offset = self.segment_offset(spec, len(prefix["prefix_tokens"]))
+        fidelity = self.group("attnmem.fidelity.", (float,))
+        if fidelity and (missing := set(FIDELITY) - fidelity.keys()):
+            raise Invalid(f"the key 'attnmem.fidelity.{min(missing)}' is missing")
+        top_k = self.top_k()
+        build = self.group("attnmem.build.", (str, int, float))
+        layers = self.layers(spec, n_segments=len(segment_offset) - 1)
+        if top_k is None and any(layer.token for segment in layers for layer in segment.values()):
+            raise Invalid("the key 'attnmem.token.top_k' is missing")
+        return dict(
+            model=spec, **prefix, segment_offset=segment_offset, token_top_k=top_k, build=build, fidelity=fidelity, layers=layers
+        )
+
+    def check_header(self) -> None:
+        """Raises NotAMemory, WrongVersion or Invalid for a GGUF that this build cannot read as a memory."""
+        types = [self.file.keys.get(key) for key in ("general.type", "adapter.type")]
+        if types != [Value("str", "adapter"), Value("str", ADAPTER_TYPE)]:
             raise NotAMemory("the GGUF file is not an attention-state memory")
         if (version := self.value("attnmem.version", int)) != FORMAT_VERSION:
             raise WrongVersion(
@@ -92,45 +115,44 @@ class _Parser:
             )
         if (alignment := self.value("general.alignment", int)) != ALIGNMENT:
             raise Invalid(f"the tensors are aligned to {alignment} bytes, expected {ALIGNMENT}")
-        spec = self.spec()
+
+    def prefix(self) -> dict[str, Any]:
+        """The fields of the Memory that describe its prefix."""
         tokens = self.value("attnmem.prefix.tokens", list)
         if min(tokens, default=0) < 0:
-            raise Invalid(f"the prefix has token {min(tokens)}")
-        n_segments = self.value("attnmem.segment.count", int)
-        segment_offset = self.value("attnmem.segment.offset", list)
-        if not 1 <= n_segments <= MAX_SEGMENTS or len(segment_offset) != n_segments + 1:
-            raise Invalid(f"{n_segments} segments with {len(segment_offset)} offsets")
-        _check_offsets("attnmem.segment.offset", np.array(segment_offset), len(tokens))
-        if (n_heads := n_segments * spec.block_count * spec.head_count_kv) > MAX_KV_HEADS:
-            raise Invalid(f"{n_heads} KV heads in all segments, expected at most {MAX_KV_HEADS}")
+            raise Invalid(f"the prefix has token {min(tokens)}, expected none below 0")
         strings = self.group("attnmem.prefix.", (str,), but="tokens")
-        fidelity = self.group("attnmem.fidelity.", (float,))
-        if fidelity and (missing := set(FIDELITY) - fidelity.keys()):
-            raise Invalid(f"the key 'attnmem.fidelity.{min(missing)}' is missing")
-        memory: dict[str, Any] = dict(
-            model=spec,
+        return dict(
             prefix_tokens=tokens,
             prefix_text=self.value("attnmem.prefix.text", str),
             prefix_messages=_parsed(strings, "messages", parse_messages),
             prefix_tools=_parsed(strings, "tools", parse_tools),
             prefix_date=_parsed(strings, "date", parse_date),
-            token_top_k=self.top_k(),
-            segment_offset=segment_offset,
-            build=self.group("attnmem.build.", (str, int, float)),
-            fidelity=fidelity,
         )
+
+    def segment_offset(self, spec: ModelSpec, n_tokens: int) -> list[int]:
+        n_segments = self.value("attnmem.segment.count", int)
+        offset = self.value("attnmem.segment.offset", list)
+        if not 1 <= n_segments <= MAX_SEGMENTS or len(offset) != n_segments + 1:
+            raise Invalid(f"{n_segments} segments with {len(offset)} offsets, expected 1 to {MAX_SEGMENTS} and one offset more")
+        _check_offsets("attnmem.segment.offset", np.array(offset), n_tokens)
+        if (n_heads := n_segments * spec.block_count * spec.head_count_kv) > MAX_KV_HEADS:
+            raise Invalid(f"{n_heads} KV heads in all segments, expected at most {MAX_KV_HEADS}")
+        return offset
+
+    def layers(self, spec: ModelSpec, n_segments: int) -> list[dict[int, LayerMemory]]:
+        """The tables, as [segment][layer]. Raises Invalid if the file has a tensor that belongs to none."""
         self.tensors = self.file.read_tensors(len(KINDS) * MAX_KIND_TENSORS * n_segments * spec.block_count)
-        memory["layers"] = layers = [{} for _ in range(n_segments)]
+        layers: list[dict[int, LayerMemory]] = [{} for _ in range(n_segments)]
         for s, il in sorted({tuple(map(int, m.groups())) for name in self.tensors if (m := BLOCK_NAME.match(name))}):
             if s < n_segments and il < spec.block_count and (layer := self.layer(f"seg.{s}.blk.{il}.", spec)):
                 layers[s][il] = layer
-        if memory["token_top_k"] is None and any(layer.token for segment in layers for layer in segment.values()):
-            raise Invalid("the key 'attnmem.token.top_k' is missing")
         if self.n_used != len(self.tensors):
             raise Invalid(
-                f"the memory has {len(self.tensors)} tensors, of which only {self.n_used} are known to this build; it may need a newer one"
+                f"the memory has {len(self.tensors)} tensors, of which this build knows only {self.n_used}; "
+                "use a newer build, or build the memory again"
             )
-        return memory
+        return layers
 
     def spec(self) -> ModelSpec:
         spec = ModelSpec(**{name: self.value(key, ModelSpec.__annotations__[name]) for name, key in MODEL_KEYS.items()})
@@ -157,8 +179,8 @@ class _Parser:
         if layer.residual is not None:
             n_anchors = np.diff(layer.anchor.offset) if layer.anchor is not None else np.zeros(spec.head_count_kv)
             if ((np.diff(layer.residual.offset) > 0) & (n_anchors == 0)).any():
-                raise Invalid(f"'{prefix}residual' has a head without anchors to correct")
-        return layer if any(e is not None for e in entries.values()) else None
+                raise Invalid(f"'{prefix}residual' has entries for a head that has no anchors to correct")
+        return layer if any(table is not None for table in entries.values()) else None
 
     def entries(self, prefix: str, spec: ModelSpec, kind: Kind) -> Entries | None:
         if prefix + "key" not in self.tensors:
@@ -189,7 +211,7 @@ class _Parser:
         _check_offsets(prefix + "list", offset, len(entries.key))
         _check_offsets(prefix + "head", head, n)
         if (offset[1:] == offset[:-1]).any() or (offset[head] != entries.offset).any():
-            raise Invalid(f"a list in '{prefix}list' is empty or leaves its head")
+            raise Invalid(f"a list in '{prefix}list' is empty, or reaches into another head")
         return Lists(key, bias, offset, head)
 
     def graph(self, prefix: str, entries: Entries, entry: np.ndarray) -> Graph:
@@ -203,23 +225,29 @@ class _Parser:
         )
         _check_offsets(prefix + "upper", graph.upper, min(max(int(graph.upper[-1]), 0), len(graph.link)))
         for h in range(len(graph.entry)):
-            head = entries.head(h)
-            n_h = head.stop - head.start
-            levels = np.diff(graph.upper[head.start : head.stop + 1])
-            rows = np.arange(graph.upper[head.start], graph.upper[head.stop])
-            links = graph.link[rows]
-            level_of_row = rows - np.repeat(graph.upper[head], levels)
-            ok = n_h == 0 or 0 <= graph.entry[h] < n_h
-            ok = ok and bool(((graph.link0[head] >= -1) & (graph.link0[head] < n_h)).all())
-            ok = ok and bool(((links >= -1) & (links < n_h)).all())
-            ok = ok and bool((levels[np.maximum(links, 0)] > level_of_row[:, None])[links >= 0].all())
-            if not ok:
-                raise Invalid(f"a link of the graph '{prefix}link0' of head {h} leaves its table")
+            if not _links_stay(graph, entries.head(h), graph.entry[h]):
+                raise Invalid(f"a link of the graph '{prefix}link0' points outside of head {h}, or to a level its target lacks")
         return graph
 
 
+def _links_stay(graph: Graph, head: slice, entry: int) -> bool:
+    """Whether the entry point and all links of one head point to entries of the head that exist on the level of the link."""
+    n = head.stop - head.start
+    link0 = graph.link0[head]
+    n_upper_levels = np.diff(graph.upper[head.start : head.stop + 1])  # of each entry
+    rows = np.arange(graph.upper[head.start], graph.upper[head.stop])
+    links = graph.link[rows]
+    level = rows - np.repeat(graph.upper[head], n_upper_levels)  # of each row of links, 0 for level 1
+    return (
+        (n == 0 or 0 <= entry < n)
+        and bool(((link0 >= -1) & (link0 < n)).all())
+        and bool(((links >= -1) & (links < n)).all())
+        and bool((n_upper_levels[np.maximum(links, 0)] > level[:, None])[links >= 0].all())
+    )
+
+
 def _parsed(strings: dict[str, str], name: str, parse: Callable[[str], Any]) -> Any:
-    """The parsed text of an optional key, None if there is none."""
+    """The parsed text of an optional key, None if the key is absent."""
     if name not in strings:
         return None
     try:
@@ -229,5 +257,6 @@ def _parsed(strings: dict[str, str], name: str, parse: Callable[[str], Any]) -> 
 
 
 def _check_offsets(name: str, offset: np.ndarray, n: int) -> None:
+    """Raises Invalid unless the offsets ascend from 0 to n."""
     if offset[0] != 0 or offset[-1] != n or (offset[1:] < offset[:-1]).any():
         raise Invalid(f"the offsets in '{name}' do not ascend from 0 to {n}")

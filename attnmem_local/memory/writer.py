@@ -1,12 +1,13 @@
-"""Writes a Memory as a GGUF file."""
+"""Writing a Memory as a GGUF in the format of docs/memory-format.md."""
 
+import io
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 import gguf
 import numpy as np
+from gguf.gguf_writer import WriterState
 
 from .entries import KINDS
 from .format import ADAPTER_TYPE, FORMAT_VERSION, MODEL_KEYS
@@ -17,21 +18,32 @@ if TYPE_CHECKING:
     from .memory import Memory
 
 
-def write_memory(memory: "Memory", path: Path) -> None:
-    writer = gguf.GGUFWriter(path, memory.model.architecture)
-    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+def write_memory(memory: "Memory", out: BinaryIO) -> None:
+    """Write a memory to a file or to a buffer in RAM. Raises OSError."""
+    header = _header(memory)
+    out.write(header)
+    out.write(bytes(-len(header) % ALIGNMENT))
+    for _, array in tensors(memory):
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        out.write(data.data)
+        out.write(bytes(-len(data) % ALIGNMENT))
+
+
+def _header(memory: "Memory") -> bytes:
+    """The GGUF header: all keys, and the name, type, shape and offset of each tensor."""
+    writer = gguf.GGUFWriter(None, memory.model.architecture)
+    add: dict[type, Callable] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     writer.add_custom_alignment(ALIGNMENT)
     writer.add_type("adapter")
     writer.add_string("adapter.type", ADAPTER_TYPE)
     writer.add_uint32("attnmem.version", FORMAT_VERSION)
     for name, key in MODEL_KEYS.items():
-        if name != "architecture":  # written by GGUFWriter itself
+        if name != "architecture":  # GGUFWriter has written it
             value = getattr(memory.model, name)
             add[type(value)](key, value)
     writer.add_array("attnmem.prefix.tokens", [int(t) for t in memory.prefix_tokens])
-    writer.add_key_value(
-        "attnmem.prefix.text", memory.prefix_text, gguf.GGUFValueType.STRING
-    )  # add_string leaves out an empty text
+    # add_string would leave out an empty text
+    writer.add_key_value("attnmem.prefix.text", memory.prefix_text, gguf.GGUFValueType.STRING)
     if memory.prefix_messages is not None:
         writer.add_string("attnmem.prefix.messages", json.dumps(memory.prefix_messages, ensure_ascii=False))
     if memory.prefix_tools is not None:
@@ -42,18 +54,19 @@ def write_memory(memory: "Memory", path: Path) -> None:
     writer.add_array("attnmem.segment.offset", [int(i) for i in memory.segment_offset])
     if memory.token_top_k is not None:
         writer.add_uint32("attnmem.token.top_k", memory.token_top_k)
-    is_measured = np.isfinite(list(memory.fidelity.values())).all()  # one token of live text has no perplexity
+    is_measured = np.isfinite(list(memory.fidelity.values())).all()  # a single token of live text has no NLL, so NaN
     for group, values in (("build", memory.build), ("fidelity", memory.fidelity if is_measured else {})):
         for name, value in values.items():
             add[type(value)](f"attnmem.{group}.{name}", value)
     for name, array in tensors(memory):
-        writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=Q8_0 if array.dtype == np.uint8 else None)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+        is_q8_0 = array.dtype == np.uint8
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, raw_dtype=Q8_0 if is_q8_0 else None)
+    buffer = io.BytesIO()
+    writer.fout, writer.state = [buffer], WriterState.EMPTY  # type: ignore[list-item]  # open_output_file takes files on disk only
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return buffer.getvalue()
 
 
 def tensors(memory: "Memory") -> Iterator[tuple[str, np.ndarray]]:

@@ -1,1 +1,1 @@
-"""The text around a memory: what becomes its prefix, and what a live prompt adds to it."""
+"""Text on its way to tokens: the prefix that a memory is built from, and the live prompt that follows it."""

@@ -1,1 +1,1 @@
-"""From a memory to attention: memories attached to llama.cpp contexts."""
+"""From memory to attention: attaching memories to llama.cpp contexts, and answering with them."""

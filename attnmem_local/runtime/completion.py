@@ -1,4 +1,4 @@
-"""Live tokens in the shape that llama_cpp's own completion and chat code takes."""
+"""Adapters that pass live tokens through llama_cpp's completion and chat code, which expects texts."""
 
 import llama_cpp
 from llama_cpp.llama import StoppingCriteriaList
@@ -6,7 +6,7 @@ from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to
 
 
 class LivePrompt(list):
-    """Live tokens, and the text of the whole prompt, which `echo` puts before the answer."""
+    """Live tokens that also carry the text of the whole prompt, which `echo` puts before the answer."""
 
     def __init__(self, tokens: list[int], text: str):
         super().__init__(tokens)
@@ -17,9 +17,9 @@ class LivePrompt(list):
 
 
 class RenderedChat:
-    """A chat whose live tokens are there already, completed by the chat handler that llama_cpp uses for a model's own template.
+    """A chat that is rendered and tokenized already, completed by llama_cpp's chat handler for the model's own template.
 
-    The handler sees this object as its Llama.
+    This object poses as the handler's Llama, so that the live tokens take the place of what the handler would tokenize.
     """
 
     def __init__(self, llama: llama_cpp.Llama, live: list[int]):
@@ -28,8 +28,8 @@ class RenderedChat:
         self.verbose = llama.verbose
 
     def complete(self, request: dict):
-        """request: the arguments of Llama.create_chat_completion, all of them."""
-        return chat_formatter_to_chat_completion_handler(self._format)(llama=self, **request)
+        """request: all arguments of Llama.create_chat_completion, by name."""
+        return chat_formatter_to_chat_completion_handler(self._format)(llama=self, **request)  # type: ignore[arg-type]
 
     def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
         return self.live

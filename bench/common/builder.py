@@ -8,18 +8,22 @@ import numpy as np
 import torch
 import transformers
 
-from attnmem_local.builder import budget
+from attnmem_local.builder import budget, job
 from attnmem_local.builder.attention import ATTENTION_NAME
 from attnmem_local.builder.budget import TOKENS, curves, head_bytes, plan_for_bytes, uniform_plan
-from attnmem_local.builder.build import STUDY_WINDOW, WINDOW, default_bytes, fit_memory, searchable
 from attnmem_local.builder.capture import PrefixKV, capture, prefill, spread
 from attnmem_local.builder.entries.target import Target
 from attnmem_local.builder.fidelity import held_out_fidelity
+from attnmem_local.builder.fit import fit_memory
+from attnmem_local.builder.job import Build, LiveText
 from attnmem_local.builder.model import BuildModel, _spec, load_model
 from attnmem_local.builder.progress import Progress
+from attnmem_local.builder.search.index import searchable
 from attnmem_local.builder.sensitivity import is_cached, sensitivity
+from attnmem_local.builder.size import default_bytes
+from attnmem_local.builder.sources import WINDOW
 from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
-from attnmem_local.builder.sources.self_study import self_study
+from attnmem_local.builder.sources.self_study import STUDY_WINDOW, self_study
 from attnmem_local.engine.tokenizer import Tokenizer
 from attnmem_local.library import DEFAULT_MODEL
 from attnmem_local.memory.errors import BadInput
@@ -35,27 +39,31 @@ def build_model() -> BuildModel:
     return load_model(DEFAULT_MODEL)
 
 
+def new_build(prefix: Prefix, windows, model: BuildModel | None = None, seed: int = 0) -> Build:
+    """A build that has come as far as the fit, for live text like these windows."""
+    model = model or build_model()
+    return Build(model, prefix, seed, Progress(), kv=prefill(model, prefix.tokens), text=LiveText(windows))
+
+
 def study_windows(prefix: Prefix, n_study: int) -> list[list[int]]:
     """What a build without traces is made from: the prefix repeated, and windows of self-study."""
-    kv = prefill(build_model(), prefix.tokens)
-    return repeat_prefill(prefix, WINDOW) + self_study(build_model(), prefix, kv, n_study, STUDY_WINDOW, seed=0)
+    return repeat_prefill(prefix, WINDOW) + self_study(new_build(prefix, []), n_study, STUDY_WINDOW)
 
 
 def study_fidelity(model: BuildModel, memory: Memory, n_study: int, seed: int) -> dict[str, float]:
     """Fidelity in PyTorch on windows of self-study that the memory was not built from."""
-    kv = prefill(model, memory.prefix_tokens)
-    windows = self_study(model, memory.prefix, kv, n_study, STUDY_WINDOW, seed)
-    return held_out_fidelity(model, kv, memory, windows)
+    build = new_build(memory.prefix, [], model, seed)
+    return held_out_fidelity(model, build.kv, memory, self_study(build, n_study, STUDY_WINDOW))
 
 
 def full_effort():
     """A context in which a small prefix gets as much self-study and tuning as a long one."""
-    return patch.object(budget, "LONG", 1)
+    return patch.object(job, "LONG", 1)
 
 
 def without_tuning() -> None:
     """Let builds of this process not tune their anchors: a quick trial is only about whether a command works."""
-    budget.Plan.tune_steps = 2
+    budget.TUNE_STEPS = 2
 
 
 def captured(prefix: Prefix, windows: list[list[int]]) -> tuple[PrefixKV, list[Target]]:
@@ -69,27 +77,23 @@ def uniform_memory(prefix: Prefix, windows, anchors: int = 0, entries: int = 0, 
 
     Entries are residuals over anchors, centroids without them.
     """
-    model = build_model()
-    plan = uniform_plan(model.spec, anchors=anchors, eight_bit=eight_bit, tune_steps=budget.Plan.tune_steps)
+    plan = uniform_plan(build_model().spec, anchors=anchors, eight_bit=eight_bit, tune_steps=budget.TUNE_STEPS)
     plan.entries[heads] = entries
-    return fit_memory(model, prefix, prefill(model, prefix.tokens), windows, plan, progress=Progress())
+    return fit_memory(new_build(prefix, windows), plan)
 
 
 def half_precision_memory(prefix: Prefix, windows, nbytes: int) -> Memory:
     """The anchors that a build for a number of bytes chooses, in F16 tables, which take more bytes."""
-    model, progress = build_model(), Progress()
-    kv = prefill(model, prefix.tokens)
-    plan = plan_for_bytes(model, kv, windows, nbytes, prefix.offset, [0], 0, progress)
-    return fit_memory(model, prefix, kv, windows, replace(plan, eight_bit=False), progress=progress)
+    build = new_build(prefix, windows)
+    return fit_memory(build, replace(plan_for_bytes(build, nbytes), eight_bit=False))
 
 
 def most_sensitive(prefix: Prefix, windows, anchors: int, n: int) -> tuple[np.ndarray, ...]:
     """Index of the n heads [segment, layer, KV head] in which this number of anchors alone raises the KL most."""
-    model = build_model()
-    kv = prefill(model, prefix.tokens)
-    targets, weights = capture(model, kv, spread(windows, TOKENS)), sensitivity(model, kv, windows, seed=0)
-    by_head = curves(model, kv, targets, prefix.offset, [0], weights)
-    worst = sorted(by_head, key=lambda head: -by_head[head].at(anchors))[:n]
+    build = new_build(prefix, windows)
+    targets = capture(build.model, build.kv, spread(windows, TOKENS))
+    by_head = curves(build, targets, sensitivity(build), lambda n: None)
+    worst = sorted(by_head, key=lambda head: -by_head[head].kl_of(anchors))[:n]
     return tuple(np.array(worst).T)
 
 

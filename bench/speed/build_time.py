@@ -17,7 +17,7 @@ import click
 from attnmem_local.builder.build import build_memory
 from attnmem_local.builder.model import BuildModel, load_model
 from attnmem_local.builder.progress import Progress
-from attnmem_local.cli.demo import HANDBOOK_CHARACTERS
+from attnmem_local.demo import HANDBOOK_CHARACTERS
 from attnmem_local.library import DEFAULT_MODEL
 from attnmem_local.memory.prefix import Prefix
 from attnmem_local.prompt.prefix import chat_prefix

@@ -1,12 +1,12 @@
-"""Ctrl-C at a chosen moment."""
+"""Simulating Ctrl-C at a chosen line."""
 
 import sys
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the nth line of what changes a context."""
+    """A context manager that raises KeyboardInterrupt at the nth executed line of the code that changes a context."""
 
-    files = ("attachments.py", "native.py", "runtime.py")
+    files = ("runtime/attachments.py", "engine/native.py", "runtime/llama.py")
 
     def __init__(self, n):
         self.n = n
@@ -24,9 +24,9 @@ class Interrupt:
         raise KeyboardInterrupt
 
     def trace(self, frame, event, arg):
-        if (
-            not frame.f_code.co_filename.endswith(self.files) or frame.f_code.co_name == "free"
-        ):  # Python ignores errors in finalizers
+        if not frame.f_code.co_filename.endswith(self.files):
+            return None
+        if frame.f_code.co_name == "free":  # called in finalizers, in which Python ignores exceptions
             return None
         if event == "line":
             self.n -= 1

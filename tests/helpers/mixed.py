@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from attnmem_local.builder.build import searchable
 from attnmem_local.builder.search.hnsw import build_graph
+from attnmem_local.builder.search.index import searchable
 from attnmem_local.builder.state import exact_state
 from attnmem_local.memory.entries import KINDS, Entries, LayerMemory
 from attnmem_local.memory.memory import Memory

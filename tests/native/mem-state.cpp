@@ -1,10 +1,10 @@
 // GGML_OP_MEM_STATE and flash attention with a state, against the same sums in double precision
 //
-//   mem-state cpu|gpu [EVERY]    EVERY: one of so many cases only
+//   mem-state cpu|gpu [EVERY]    EVERY: runs only every n-th case
 //
-// With EMULATED defined `gpu` is the CUDA op, its kernels running on the CPU: see cuda-emulation/common.cuh.
-// Prints one line for each group of cases and returns 1 if one of them fails, or has no case that the device supports; 77 if
-// there is no such device. Outputs hold NaN before the ops write them. Driven by tests/test_ops.py
+// With EMULATED defined `gpu` is the CUDA op, whose kernels then run on the CPU: see cuda-emulation/common.cuh.
+// Prints one line for each group of cases. Returns 1 if a group fails or has no case that the device supports, 77 if the device
+// is missing. Outputs hold NaN before the ops write them. tests/test_ops.py runs it.
 
 #include "ggml.h"
 #include "ggml-alloc.h"
@@ -43,7 +43,7 @@ struct test_graph {
         ggml_free(ctx);
     }
 
-    // to be called before tensors are filled; false if the device does not support an op that res needs
+    // call it before tensors are filled; returns false if the device does not support an op that res needs
     bool alloc(ggml_tensor * res) {
         ggml_build_forward_expand(gf, res);
         for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
@@ -91,7 +91,7 @@ static void set(ggml_tensor * t, const std::vector<T> & x, size_t first = 0) {
     ggml_backend_tensor_set(t, x.data(), first*sizeof(T), x.size()*sizeof(T));
 }
 
-// normal numbers, in the type of the tensor
+// fills a tensor with normally distributed numbers, in its type
 static void fill(ggml_tensor * t, float scale) {
     std::normal_distribution<float> normal(0.0f, scale);
     std::vector<float> x(ggml_nelements(t));
@@ -124,7 +124,7 @@ static std::vector<float> values(const ggml_tensor * t) {
     return x;
 }
 
-// a state [d_v + 1, n_head, n_tokens] of which every period-th one is that of no tokens, from first on
+// fills states [d_v + 1, n_head, n_tokens]; from first on, every period-th one is that of no tokens
 static void fill_state(ggml_tensor * t, float scale, int64_t first, int64_t period) {
     fill(t, scale);
     for (int64_t i = first; i < t->ne[1]*t->ne[2]; i += period) {
@@ -177,7 +177,7 @@ struct sums {
     }
 };
 
-// n is a multiple of 8; sums side by side are much faster than one
+// n is a multiple of 8; eight sums side by side are much faster than one
 static double dot(const float * a, const float * b, int64_t n) {
     double s[8] = {};
     for (int64_t i = 0; i < n; i += 8) {
@@ -200,18 +200,18 @@ struct shape {
     }
 };
 
-// cases that are reported together
+// cases reported in one line
 struct group {
     std::string name;
     double bound;
-    double near = 0; // share of the queries that may find another of two entries with nearly the same score
+    double near = 0; // share of the queries that may take the other of two entries with nearly the same score
     std::vector<double> errors = {};
     int n_seen  = 0;
     int n_cases = 0;
 
     explicit group(const std::string & name, double bound, double near = 0) : name(name), bound(bound), near(near) {}
 
-    // false if the case is left out, or the device does not support it
+    // returns false if the case is left out, or the device does not support it
     bool begin(test_graph & graph, ggml_tensor * res, const shape & p) {
         if (n_seen++ % every != 0) {
             return false;
@@ -233,7 +233,8 @@ struct group {
     }
 };
 
-// all queries, for tables of random size, some of them empty; n_probe: of lists of random size, 0 for a scan
+// checks all queries of one case; the tables have random sizes, and some are empty
+// n_probe: number of lists that are searched, 0 for a scan
 static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_kind kind, bool with_state, float gain, int n_probe = 0) {
     test_graph graph;
     ggml_context * ctx = graph.ctx;
@@ -368,7 +369,7 @@ static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_
     }
 }
 
-// two states, of which some are those of no tokens: one of them, or both
+// merges two states, of which one or both may be those of no tokens
 static void merge_case(group & g, const shape & p) {
     test_graph graph;
 
@@ -386,11 +387,11 @@ static void merge_case(group & g, const shape & p) {
 
     const auto x_a = values(a), x_b = values(b), got = values(res);
     for (int64_t i = 0; i < ggml_nrows(res); i++) {
-        const int64_t at = i*(p.d_v + 1);
+        const int64_t row = i*(p.d_v + 1);
         sums expected(p.d_v);
-        expected.add(x_a[at + p.d_v], &x_a[at]);
-        expected.add(x_b[at + p.d_v], &x_b[at]);
-        g.errors.push_back(expected.error(&got[at], true));
+        expected.add(x_a[row + p.d_v], &x_a[row]);
+        expected.add(x_b[row + p.d_v], &x_b[row]);
+        g.errors.push_back(expected.error(&got[row], true));
     }
 }
 

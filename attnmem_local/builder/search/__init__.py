@@ -1,1 +1,1 @@
-"""Search structures over entries that are looked up: graphs and lists."""
+"""Search structures over looked-up entries: clusters, lists and graphs."""
