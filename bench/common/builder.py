@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from attnmem_local.builder import job
+from attnmem_local.builder import budget, job
 from attnmem_local.builder.attention import ATTENTION_NAME
 from attnmem_local.builder.budget import TOKENS, curves, head_bytes, plan_for_bytes, uniform_plan
 from attnmem_local.builder.capture import PrefixKV, capture, prefill, spread
@@ -24,7 +24,9 @@ from attnmem_local.builder.size import default_bytes
 from attnmem_local.builder.sources import WINDOW
 from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
 from attnmem_local.builder.sources.self_study import STUDY_WINDOW, self_study
+from attnmem_local.engine.tokenizer import Tokenizer
 from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.errors import BadInput
 from attnmem_local.memory.memory import Memory
 from attnmem_local.memory.prefix import Prefix
 
@@ -59,6 +61,11 @@ def full_effort():
     return patch.object(job, "LONG", 1)
 
 
+def without_tuning() -> None:
+    """Let builds of this process not tune their anchors: a quick trial is only about whether a command works."""
+    budget.TUNE_STEPS = 2
+
+
 def captured(prefix: Prefix, windows: list[list[int]]) -> tuple[PrefixKV, list[Target]]:
     """Keys and values of a prefix; for each layer the queries of these windows and their states over the prefix."""
     kv = prefill(build_model(), prefix.tokens)
@@ -70,7 +77,7 @@ def uniform_memory(prefix: Prefix, windows, anchors: int = 0, entries: int = 0, 
 
     Entries are residuals over anchors, centroids without them.
     """
-    plan = uniform_plan(build_model().spec, anchors=anchors, eight_bit=eight_bit)
+    plan = uniform_plan(build_model().spec, anchors=anchors, eight_bit=eight_bit, tune_steps=budget.TUNE_STEPS)
     plan.entries[heads] = entries
     return fit_memory(new_build(prefix, windows), plan)
 
@@ -101,6 +108,28 @@ def gguf_order(key: torch.Tensor) -> np.ndarray:
     return build_model().to_gguf_order(key).cpu().numpy()
 
 
+class RandomTokenizer(Tokenizer):
+    """Any text is 16 random tokens; any tokens are no text."""
+
+    bos = ""
+
+    def __init__(self, n_vocab: int):
+        self.n_vocab = n_vocab
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        return np.random.default_rng(len(text)).integers(300, self.n_vocab, 16).tolist()
+
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
+    def is_special(self, token: int) -> bool:
+        return False
+
+    @property
+    def template(self):
+        raise BadInput("a model of random weights has no chat template")
+
+
 def random_model(shape, device: str) -> BuildModel:
     """A BuildModel of random weights with a shapes.Shape, whose tokenizer gives random text."""
     config = transformers.LlamaConfig(
@@ -119,12 +148,5 @@ def random_model(shape, device: str) -> BuildModel:
     with torch.device(device):
         module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
 
-    class Tokenizer:
-        def encode(self, text: str, add_bos: bool) -> list[int]:
-            return np.random.default_rng(len(text)).integers(300, shape.n_vocab, 16).tolist()
-
-        def decode(self, tokens: list[int]) -> str:
-            return ""
-
     spec = _spec(config, norms="random", vocab="random")
-    return BuildModel(module.to(device).eval().requires_grad_(False), Tokenizer(), spec, interleaved=True)
+    return BuildModel(module.to(device).eval().requires_grad_(False), RandomTokenizer(shape.n_vocab), spec, interleaved=True)

@@ -25,7 +25,7 @@ from attnmem_local.library import DEFAULT_MODEL
 from attnmem_local.memory.memory import Memory
 
 from ..common import record
-from ..common.builder import build_model, half_precision_memory
+from ..common.builder import build_model, half_precision_memory, without_tuning
 from ..common.cases import CASES, FULL, QUICK, Case, f32_model, novel, readme
 from ..common.scoring import kv_bytes, score
 from ..peers import presses, runtime
@@ -107,6 +107,8 @@ SHARE = ShareType()
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @record.options
 def main(prefixes, shares, methods, fresh: bool, quick: bool, keep: bool) -> None:
+    if quick:
+        without_tuning()
     prefixes = prefixes or (("readme",) if quick else CASES)
     shares = shares or (SHARES[-1:] if quick else SHARES)
     methods = methods or (QUICK_METHODS if quick else (*FIXED, *METHODS))

@@ -16,7 +16,7 @@ from attnmem_local.evaluate.scorer import Scorer
 from attnmem_local.library import DEFAULT_MODEL
 
 from ..common import record
-from ..common.builder import most_sensitive, uniform_memory
+from ..common.builder import most_sensitive, uniform_memory, without_tuning
 from ..common.cases import FULL, QUICK, readme
 from ..common.scoring import memory_path, score_memory
 
@@ -27,6 +27,8 @@ ENTRIES, ROUNDS, N_DECODE = (0, 256, 1024, 4096), 24, 24
 @click.command(help=__doc__)
 @record.options
 def main(quick: bool, keep: bool) -> None:
+    if quick:
+        without_tuning()
     case = readme(QUICK if quick else FULL)
     anchors, sizes, rounds = (4, (0, 64), 1) if quick else (ANCHORS, ENTRIES, ROUNDS)
     rows = []

@@ -23,7 +23,7 @@ from attnmem_local.memory.prefix import Prefix
 from attnmem_local.prompt.prefix import chat_prefix
 
 from ..common import record
-from ..common.builder import full_effort, is_cached, study_fidelity
+from ..common.builder import full_effort, is_cached, study_fidelity, without_tuning
 from ..common.paths import SERVER_README, SYSTEM_MESSAGE
 
 HANDBOOK = Path(__file__).with_name("handbook.md")
@@ -65,6 +65,8 @@ CASES = {"demo": demo, "handbook": handbook, "full effort": handbook, "policy": 
 @click.option("--seeds", default=1, show_default=True, help="Builds of each case.")
 @record.options
 def main(cases: tuple[str, ...], models: tuple[str, ...], seeds: int, quick: bool, keep: bool) -> None:
+    if quick:
+        without_tuning()
     chosen = {"trial": trial} if quick else {name: CASES[name] for name in cases or CASES}
     rows = [
         measure(name, prefix_of, path, seed)
