@@ -110,7 +110,9 @@ def search(handle: int, layer: int, q: np.ndarray, lookup: str) -> tuple[np.ndar
     that lookups scored for all tokens and heads; anchors, which are attended, do not count.
     Raises ValueError for another shape, or a layer without tables on the CPU.
     """
-    n_head, d_k, d_v = (int(metadata(handle, f"attnmem.attention.{key}")) for key in ("head_count", "key_length", "value_length"))
+    n_head, d_k, d_v = (
+        int(metadata(handle, f"attnmem.attention.{key}") or 0) for key in ("head_count", "key_length", "value_length")
+    )
     if q.ndim != 3 or q.shape[1:] != (n_head, d_k):
         raise ValueError(f"queries have shape {q.shape}, expected [n_tokens, {n_head}, {d_k}]")
     q = np.ascontiguousarray(q, dtype=np.float32)
