@@ -4,11 +4,11 @@ import copy
 
 import numpy as np
 import pytest
-from mixed import mixed_memory, random_queries
+from helpers.mixed import mixed_memory, random_queries
 
-from attnmem_local import native
-from attnmem_local.evaluate import Scorer
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.engine import native
+from attnmem_local.evaluate.scorer import Scorer
+from attnmem_local.runtime.llama import MemoryLlama
 
 
 @pytest.mark.parametrize(

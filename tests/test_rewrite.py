@@ -5,12 +5,13 @@ import copy
 import llama_cpp
 import numpy as np
 import pytest
-from attnmem_local.content import read_content
-from mixed import mixed_memory, random_queries
+from helpers.mixed import mixed_memory, random_queries
 
-from attnmem_local import errors, native
-from attnmem_local.memory import quantize_rows, rows
-from attnmem_local.runtime import MemoryLlama
+from attnmem_local.engine import native
+from attnmem_local.memory import errors
+from attnmem_local.memory.content import read_content
+from attnmem_local.memory.tables import quantize_rows, rows
+from attnmem_local.runtime.llama import MemoryLlama
 
 TABLES = {"f16": lambda x: x.astype(np.float16), "f32": lambda x: x.astype(np.float32), "q8_0": quantize_rows}
 
