@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Set up attnmem-local on Linux or macOS. Every step is skipped when its inputs have not changed.
 #
-#   ./build.sh          the runtime: .venv, patched llama-cpp-python, this package, the default model
-#   ./build.sh demo     the above and the builder; then build a memory for a real prefix and answer with it
-#   ./build.sh test     the above, the test tools and a stock libllama to compare with; then run
-#                       ruff, mypy and the tests; arguments go to pytest, which then runs alone: -m "not slow" takes a minute
-#   ./build.sh fuzz     the test tools; then put damaged memory files through both readers (see docs/fuzzing.md)
-#   ./build.sh fuzz-sanitized   the same with a libllama that stops at the first wrong access or undefined behaviour
-#   ./build.sh --cuda [ARCH] [demo|test]   the same with CUDA, for the GPU that is here or an architecture such as 90
-#   ./build.sh check-cuda   compile the CUDA files that patches/ and native/ touch, for 80 and 90; needs no GPU
+#   ./build.sh                  set up the runtime: .venv, patched llama-cpp-python, this package, the default model
+#   ./build.sh demo             set up the builder, too; build a memory of a real prefix and answer with it
+#   ./build.sh test [ARG...]    set up the test tools and a stock libllama to compare with; run pytest with the arguments;
+#                               without any, ruff and mypy first (-m "not slow" takes about a minute)
+#   ./build.sh fuzz             set up the test tools; put damaged memory files through both readers (docs/fuzzing.md)
+#   ./build.sh fuzz-sanitized   the same, with a libllama that stops at the first invalid access or undefined behaviour
+#   ./build.sh check-cuda       compile the CUDA files that patches/ and native/ change, for 80 and 90; needs no GPU
+#   ./build.sh --cuda [ARCH] [demo|test]   build with CUDA, for this machine's GPU or for an architecture such as 90
+#   ./build.sh patches [save]   lay out patches/ as commits in build/patches, to edit them; save writes them back
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "${BASH_SOURCE[0]}")"
 
 SDIST_NAME=llama_cpp_python-0.3.36
 SDIST_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
@@ -89,6 +90,30 @@ PY
     rm -rf build/fresh
 }
 
+# Commits on a branch of their own: the tag `stock` is llama.cpp as it comes.
+open_patches() {
+    [ ! -e build/patches ] || die "build/patches exists; save it with './build.sh patches save', then delete it to lay patches/ out again"
+    say "laying out patches/ as commits in build/patches"
+    unpack_sdist build/fresh
+    mv build/fresh/vendor/llama.cpp build/patches
+    rm -rf build/fresh build/patches/.git
+    (
+        cd build/patches
+        export GIT_COMMITTER_NAME=attnmem-local GIT_COMMITTER_EMAIL=attnmem-local@localhost
+        git init -q
+        git add -A -f .
+        git commit -q --author "llama.cpp <llama.cpp@localhost>" -m "llama.cpp of $SDIST_NAME"
+        git tag stock
+        git am -q ../../patches/*.patch
+    )
+}
+
+save_patches() {
+    [ -e build/patches ] || die "there is nothing to save; './build.sh patches' lays the patches out"
+    rm -f patches/*.patch
+    git -C build/patches -c core.abbrev=10 format-patch -q -N --zero-commit --no-signature --filename-max-length=100 -o ../../patches stock
+}
+
 fetch_cublas() {
     say "fetching cuBLAS (420 MB)"
     rm -rf build/cublas
@@ -112,6 +137,7 @@ use_cuda() { # architectures, or native
         CMAKE_ARGS+=" -DCUDA_cublas_LIBRARY=$cublas/lib/libcublas.so.13 -DCUDA_cublasLt_LIBRARY=$cublas/lib/libcublasLt.so.13"
     fi
     toolkit=$($nvcc --dryrun -x cu -E - 2>&1 </dev/null | sed -n 's/^#\$ TOP=//p')
+    CMAKE_ARGS+=" -DCMAKE_BUILD_RPATH=$toolkit/lib64"
     if [ -z "$(find -L "$toolkit" -name libcuda.so)" ]; then
         driver=$({ ldconfig -p || /sbin/ldconfig -p || true; } 2>/dev/null | awk '/libcuda\.so\.1 / && !at { at = $NF } END { print at }')
         CMAKE_ARGS+=" ${driver:+-DCUDA_cuda_driver_LIBRARY=$driver}"
@@ -189,6 +215,8 @@ setup() { # extras
     once "package$1" "$(sha256 pyproject.toml)" install_package "$1"
 }
 
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # bench/gpu.sh reads this file for use_cuda
+
 cuda=
 if [ "${1:-}" = --cuda ]; then
     shift
@@ -207,6 +235,14 @@ case "${1:-}" in
         once sanitized "$(cat build/stamps/patch)" build_sanitized
         fuzz_sanitized "$@"
         ;;
+    patches)
+        case "${2:-}" in
+            "")   [ -x $py ] || make_venv; [ -f "build/$SDIST_NAME.tar.gz" ] || fetch_sdist; open_patches ;;
+            save) save_patches ;;
+            *)    die "unknown command 'patches $2' (expected patches, or patches save)" ;;
+        esac
+        ;;
     check-cuda) need_cuda "80;90"; patched; use_cuda "80;90"; check_cuda ;;
-    *)    die "unknown command '$1' (expected nothing, demo, test, fuzz, fuzz-sanitized or check-cuda)" ;;
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' build.sh ;;
+    *)    die "unknown command '$1'; ./build.sh --help lists the commands" ;;
 esac

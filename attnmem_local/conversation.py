@@ -1,4 +1,4 @@
-"""Answers as they come, and conversations that are as long as their context reaches."""
+"""Answers that stream, and conversations that forget their oldest turns when the context is full."""
 
 import re
 from collections.abc import Iterator
@@ -37,10 +37,10 @@ def open_llama(model: Path, memories: tuple[Path, ...], n_ctx: int, n_threads: i
 
 
 class Answer:
-    """An answer, which is generated as it is read: iterate over its pieces of text.
+    """An answer that is generated while it is read: iterate over its pieces of text.
 
-    text: what has been read. end: why it ended, None before: "stop", as the model ended it; "length", as max_tokens
-    did; "full", as the context is full; "stopped", by stop().
+    text: what has been read so far. end: why the answer ended, None before it did: "stop", the model ended it; "length", it
+    reached max_tokens; "full", the context has no room left; "stopped", by stop().
     """
 
     def __init__(self, llama: MemoryLlama, chunks: Chunks):
@@ -76,9 +76,9 @@ class Answer:
         except AttnmemError:
             raise
         except BaseException as error:
-            self._llama.reset()  # it may have a token that its bookkeeping does not know
+            self._llama.reset()  # the context may hold a token that llama_cpp has not counted
             if isinstance(error, RuntimeError) and "llama_decode" in str(error) and self.text:
-                self.end = "full"  # llama_cpp does not count tokens that are no whole character: they have filled the context
+                self.end = "full"  # llama_cpp counts no token until its character is whole: such tokens filled the context
                 return None
             if isinstance(error, ValueError) and (
                 m := re.search(r"Requested tokens \((\d+)\) exceed context window of (\d+)", str(error))
@@ -95,7 +95,7 @@ class Answer:
 
 
 def answer(llama: MemoryLlama, prompt: str, max_tokens: int, temperature: float) -> Answer:
-    """The answer to the message of a user, or how a text goes on: as the first memory's prefix is a chat or a text."""
+    """The answer to a user's message, or how a text goes on, depending on whether the first memory is of a chat or of a text."""
     if llama.memories[0].memory.prefix_messages is None:
         chunks = llama.create_completion(prompt, stream=True, max_tokens=max_tokens, temperature=temperature)
     else:
@@ -110,10 +110,10 @@ class Turn(NamedTuple):
 
 
 class Conversation:
-    """Questions and answers, of which the oldest are forgotten once the context is full."""
+    """A chat that begins with the prefix of the first memory."""
 
     def __init__(self, llama: MemoryLlama, temperature: float):
-        """Raises MemoryRefused if the first memory is of a text, which no chat begins with."""
+        """Raises MemoryRefused if that memory was built from plain text."""
         leader = llama.memories[0].memory
         if leader.prefix_messages is None:
             raise MemoryRefused(
@@ -126,7 +126,10 @@ class Conversation:
         self.n_forgotten = 0  # turns that were forgotten for the last question
 
     def ask(self, question: str) -> Answer:
-        """The answer to a question after the turns before it. An error leaves those as they were. Raises TooLong."""
+        """The answer to the next question. The oldest turns are forgotten as far as the context has no room for them.
+
+        An error leaves the turns as they were. Raises TooLong for a question that does not fit alone.
+        """
         said = [turn for turn in self.turns if turn.answer.text]
         kept = self._fitting(said, question)
         while True:

@@ -40,11 +40,13 @@ def is_checkout() -> bool:
     return (_ROOT / "build.sh").is_file()
 
 
-def in_checkout(path: str, purpose: str) -> Path:
-    """A file of the checkout. Raises BadInput, which names the purpose, if there is none."""
+def checkout(purpose: str, path: str) -> Path:
+    """The folder of the checkout that the package runs from. Raises BadInput if it lacks a file that the purpose needs."""
     if not (_ROOT / path).exists():
-        raise BadInput(f"{purpose} needs '{path}' of the repository; run ./build.sh in a checkout of it, and use that attnmem")
-    return _ROOT / path
+        raise BadInput(
+            f"{purpose} needs '{path}' of the repository; run ./build.sh in a checkout of it, and use the attnmem of its .venv"
+        )
+    return _ROOT
 
 
 def home() -> Path:

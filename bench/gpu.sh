@@ -29,10 +29,29 @@ pack() {
     du -sh $to
 }
 
+# The CMAKE_ARGS of ./build.sh --cuda for the GPU of this machine. There is no network: cuBLAS comes from an installed wheel, such as
+# torch brings.
+use_cuda_here() {
+    PATH=$PATH:/usr/local/cuda/bin
+    source ./build.sh
+    fetch_cublas() {
+        local folder
+        folder=$($python -c 'import sys; print(*(f"{p}/nvidia/cu13" for p in sys.path), sep="\n")' |
+            while read -r f; do [ ! -e "$f/include/cublas_v2.h" ] || echo "$f"; done | head -n 1)
+        [ -n "$folder" ] || die "no cuBLAS: neither nvcc nor a python package has cublas_v2.h"
+        mkdir -p build/cublas/nvidia
+        ln -sfn "$folder" build/cublas/nvidia/cu13
+    }
+    need_cuda native
+    use_cuda native
+    export CMAKE_ARGS
+}
+
 if [ "${1:-}" = pack ]; then pack; exit; fi
 [ -d build/gpu-tree ] || { echo "gpu.sh: build/gpu-tree does not exist; run bench/gpu.sh pack where ./build.sh has run" >&2; exit 1; }
 
 python=.venv/bin/python
 [ -x $python ] || python=python3
 export PYTHONPATH=$PWD:$PWD/build/gpu-tree/python
+if [ "${1:-}" = build ] && [[ " $* " != *" --cpu "* ]]; then use_cuda_here; fi
 exec $python -m bench gpu "$@"

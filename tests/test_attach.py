@@ -1,4 +1,4 @@
-"""Memories that change while they are in use: streams, interrupts, live tokens."""
+"""Changing memories while they are in use: streams, interrupts, live tokens."""
 
 from itertools import count
 
@@ -13,6 +13,7 @@ from attnmem_local.memory import errors
 
 
 def answer_of(answers, llama):
+    """The expected answer for the memories that are attached."""
     return answers[tuple(a.memory.path for a in llama.memories)]
 
 
@@ -44,13 +45,13 @@ def test_a_stream_raises_when_its_memories_change(tiny, one, two, answers, chang
 
 def test_a_prompt_made_for_other_memories_raises_when_its_stream_is_first_read(tiny, one):
     llama = open_llama(tiny, one)
-    stream = llama.create_completion(tiny.prefix.tokens + tiny.live, stream=True)  # the prefix is left out now
+    stream = llama.create_completion(tiny.prefix.tokens + tiny.live, stream=True)  # the prefix is removed in this call already
     llama.detach()
     with pytest.raises(errors.StaleStream):
         next(stream)
 
 
-def test_a_stream_goes_on_after_a_refused_attach_and_after_one_that_changes_nothing(tiny, one, answers):
+def test_a_stream_survives_a_refused_attach_and_one_without_effect(tiny, one, answers):
     llama = open_llama(tiny, one)
     stream = llama.create_completion(tiny.live, max_tokens=N_NEW, temperature=0, stream=True)
     text = next(stream)["choices"][0]["text"]
@@ -67,14 +68,14 @@ def test_an_interrupted_change_never_mixes_memories(tiny, one, two, answers, cha
     llama = open_llama(tiny, one)
     interrupted = 0
     for n in count(1):
-        llama.eval(tiny.live)  # live tokens to be reused by mistake
+        llama.eval(tiny.live)  # live tokens that a wrong implementation would reuse
         with Interrupt(n) as interrupt:
             {
                 "attach": lambda: llama.attach(two),
                 "detach": lambda: llama.detach(one),
                 "lookup": lambda: llama.set_lookup("stock" if llama.lookup == "auto" else "auto"),
             }[change]()
-        if interrupt.n > 0:  # not reached: the change is whole
+        if interrupt.n > 0:  # the change was complete before line n
             break
         interrupted += 1
         assert ask(llama, tiny.live) == answer_of(answers, llama)
@@ -93,7 +94,7 @@ def test_the_answer_after_an_interrupted_one_is_right(tiny, one, answers, monkey
         def decode_then_interrupt(batch):
             decode(batch)
             if next(calls) == n:
-                raise KeyboardInterrupt  # where Ctrl-C during a decode arrives
+                raise KeyboardInterrupt  # Ctrl-C during a decode is raised after it
 
         monkeypatch.setattr(llama._ctx, "decode", decode_then_interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -119,10 +120,13 @@ def test_attaching_clears_every_sequence(tiny, one, monkeypatch):
     llama = open_llama(tiny)
     llama.eval(tiny.live)
     llama._ctx.kv_cache_seq_cp(0, 1, 0, -1)
-    last = lambda: [llama_cpp.llama_memory_seq_pos_max(llama._ctx.memory, i) for i in range(2)]  # noqa: E731
-    assert last() == [len(tiny.live) - 1] * 2
+
+    def last_positions():
+        return [llama_cpp.llama_memory_seq_pos_max(llama._ctx.memory, sequence) for sequence in range(2)]
+
+    assert last_positions() == [len(tiny.live) - 1] * 2
     llama.attach(one)
-    assert last() == [-1, -1] and llama.n_tokens == 0
+    assert last_positions() == [-1, -1] and llama.n_tokens == 0
 
 
 @pytest.mark.parametrize(

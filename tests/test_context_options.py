@@ -1,4 +1,4 @@
-"""With every option of a context the exact memory equals the prefix itself under that option, or it is refused by name."""
+"""Under each option of a context, the exact memory equals the prefix, or is refused with an error that names the option."""
 
 import ctypes
 
@@ -25,9 +25,9 @@ def cache(kind: str, flash_attn: bool = True) -> dict:
 
 def log_probs(model, prefix: list[int], live: list[int], **options) -> np.ndarray:
     run = Scorer(model, prefix, n_live=len(live), **options)
-    found = run.log_probs(live)
+    result = run.log_probs(live)
     run.close()
-    return found
+    return result
 
 
 # llama.cpp rotates q, K and V before it quantizes them where the head size is a multiple of 64
@@ -36,12 +36,12 @@ def test_a_memory_with_a_quantized_cache_is_as_exact_as_the_prefix(head_dim, tmp
     tiny = Tiny(tmp_path, "llama", head_dim)
     memory = tiny.save(tiny.exact(), "exact")
     reference = log_probs(tiny.path, tiny.prefix.tokens, tiny.live, **cache("f32", flash_attn=False))
-    keys_alone = {"type_k": KV_TYPES["q8_0"], "flash_attn": False}
+    quantized_keys_only = {"type_k": KV_TYPES["q8_0"], "flash_attn": False}
     for options in (
         cache("q8_0"),
         cache("q4_0"),
         cache("q8_0") | {"n_batch": 1},
-        keys_alone,
+        quantized_keys_only,
         cache("bf16"),
         cache("bf16", flash_attn=False),
     ):
@@ -63,7 +63,7 @@ def test_a_memory_of_a_real_model_with_a_quantized_cache_is_as_exact_as_the_pref
 
 
 def test_heads_of_80_have_no_quantized_cache(tmp_path):
-    """A block of 32 values would reach into the next head: llama.cpp refuses the context."""
+    """A block of 32 values would reach into the next head, so llama.cpp refuses the context."""
     tiny = Tiny(tmp_path, "llama", 80)
     with pytest.raises(ValueError, match="llama_context"):
         MemoryLlama(str(tiny.path), verbose=False, **cache("q8_0"))
@@ -71,7 +71,7 @@ def test_heads_of_80_have_no_quantized_cache(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny64(tmp_path_factory) -> Tiny:
-    """With heads as real models have them."""
+    """A tiny model with heads of a realistic size."""
     return Tiny(tmp_path_factory.mktemp("tiny64"), head_dim=64)
 
 
@@ -104,7 +104,7 @@ def exact(tiny64):
     ],
     ids=str,
 )
-def test_an_option_that_a_memory_works_with(tiny64, exact, options):
+def test_a_memory_is_exact_with_this_option(tiny64, exact, options):
     full = Scorer(tiny64.path, tiny64.prefix.tokens, **options).log_probs(tiny64.live)
     assert kl(full, Scorer(tiny64.path, memory=exact, **options).log_probs(tiny64.live)).mean() < 1e-5
 
@@ -125,7 +125,7 @@ def test_an_option_that_a_memory_works_with(tiny64, exact, options):
     ],
     ids=str,
 )
-def test_an_option_that_a_memory_is_refused_with(tiny64, exact, options, match):
+def test_a_memory_is_refused_with_this_option(tiny64, exact, options, match):
     llama = MemoryLlama(str(tiny64.path), verbose=False, **options)
     with pytest.raises(errors.Unsupported, match=match):
         llama.attach(exact)
@@ -133,7 +133,7 @@ def test_an_option_that_a_memory_is_refused_with(tiny64, exact, options, match):
 
 
 def test_a_lora_adapter_is_refused(tiny64, exact, tmp_path):
-    """The keys and values of the prefix were computed without it."""
+    """The keys and values of the prefix were computed without the adapter."""
     path = tmp_path / "lora.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("adapter")
@@ -183,7 +183,7 @@ def test_a_batch_of_several_sequences_shares_a_memory(tiny64, exact):
         first += len(tokens)
 
 
-def test_sequences_with_streams_of_their_own_are_refused(tiny64, exact):
+def test_a_context_with_a_kv_stream_per_sequence_is_refused(tiny64, exact):
     llama = MemoryLlama(str(tiny64.path), verbose=False)
     loaded = llama.load_memory(exact)
     with pytest.raises(errors.Unsupported, match="kv_unified"):

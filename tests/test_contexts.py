@@ -1,4 +1,4 @@
-"""Several contexts on one set of weights, and memories in RAM."""
+"""Several contexts that share one copy of the weights, and memories in RAM."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ from attnmem_local.memory.memory import Memory
 
 
 def rss() -> int:
-    """Bytes of this process that are in RAM."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -22,7 +22,7 @@ def test_contexts_with_other_memories_share_the_weights(tiny, one, two, answers)
     first = open_llama(tiny, one)
     second, bare = first.new_context(memory=two), first.new_context()
     both = second.new_context(memory=[one, two])
-    for _ in range(2):  # in turn: none takes anything from the others
+    for _ in range(2):  # in turn, twice, to show that contexts do not disturb each other
         for llama, paths in ((first, (one,)), (second, (two,)), (bare, ()), (both, (one, two))):
             assert ask(llama, tiny.live) == answers[paths]
     assert both.memories[0].memory is first.memories[0].memory  # loaded once
@@ -34,7 +34,7 @@ def test_contexts_with_other_memories_share_the_weights(tiny, one, two, answers)
     assert both._model.model is not None
     model = both._model
     both.close()
-    assert model.model is None  # freed with the last
+    assert model.model is None  # the last context to close frees the weights
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="RSS is read from /proc")
@@ -42,9 +42,9 @@ def test_weights_are_in_ram_once(default_model):
     llama = Scorer(default_model, n_live=64, use_mmap=False)
     before = rss()
     others = [Scorer(llama, n_live=64) for _ in range(3)]
-    each = (rss() - before) / len(others)
+    bytes_each = (rss() - before) / len(others)
     assert [int(s.log_probs([1, 2, 3])[-1].argmax()) for s in others] == [int(llama.log_probs([1, 2, 3])[-1].argmax())] * 3
-    assert each < default_model.stat().st_size / 2
+    assert bytes_each < default_model.stat().st_size / 2
 
 
 def test_an_option_of_the_model_is_refused_for_another_context(tiny):
@@ -52,7 +52,7 @@ def test_an_option_of_the_model_is_refused_for_another_context(tiny):
         open_llama(tiny).new_context(n_gpu_layers=1)
 
 
-def test_a_context_that_fails_gives_its_share_of_the_weights_back(tiny, two):
+def test_a_context_that_cannot_be_created_keeps_no_reference_to_the_weights(tiny, two):
     first = open_llama(tiny)
     with pytest.raises(errors.MemoryRefused):
         first.new_context(memory=tiny.path)
@@ -61,7 +61,7 @@ def test_a_context_that_fails_gives_its_share_of_the_weights_back(tiny, two):
     assert model.model is None
 
 
-def test_a_memory_in_ram_is_that_of_its_file(tiny, one, answers):
+def test_a_memory_in_ram_answers_like_its_file(tiny, one, answers):
     llama = open_llama(tiny, Memory.load(one))
     assert ask(llama, tiny.live) == answers[(one,)]
     attached = llama.memories[0].memory
@@ -82,8 +82,8 @@ def test_a_memory_in_ram_is_not_pickled(tiny, one):
         pickle.dumps(open_llama(tiny, Memory.load(one)))
 
 
-def test_rows_that_are_rewritten_answer_from_then_on(tiny, one, two, answers):
-    """Memory two is one with other biases: rewriting them turns one into the other, in every context."""
+def test_rewritten_rows_take_effect_in_every_context(tiny, one, two, answers):
+    """Memory two differs from memory one by its biases only, so rewriting them turns one into two."""
     memory, other = Memory.load(one), Memory.load(two)
     first = open_llama(tiny, memory)
     loaded = first.memories[0].memory
@@ -117,12 +117,12 @@ def test_rows_of_a_file_are_not_rewritten(tiny, one):
 @pytest.mark.parametrize(
     ("kind", "first", "tables"),
     [
-        ("tangent", 0, {"bias": np.zeros(1, np.float32)}),  # not there
+        ("tangent", 0, {"bias": np.zeros(1, np.float32)}),  # no such table
         ("anchor", 10**6, {"bias": np.zeros(1, np.float32)}),
         ("anchor", -1, {"bias": np.zeros(1, np.float32)}),
         ("anchor", 0, {"bias": np.full(1, np.nan, np.float32)}),
         ("anchor", 0, {"key": np.zeros((1, 3), np.float16)}),
-        ("anchor", 0, {"head": np.zeros((1, 3), np.int32)}),  # offsets would lead out of the tables
+        ("anchor", 0, {"head": np.zeros((1, 3), np.int32)}),  # offsets, which could point outside of the tables
     ],
 )
 def test_rows_that_do_not_fit_are_refused_and_change_nothing(tiny, one, answers, kind, first, tables):

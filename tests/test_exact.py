@@ -1,4 +1,4 @@
-"""The exact memory (anchors = every key and value of the prefix) equals the prefix. If this fails, nothing else counts."""
+"""The exact memory (every key and value of the prefix an anchor) equals the prefix. If this fails, nothing else matters."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_every_path_is_exact(tiny, lookup, flash_attn):
     memory = tiny.save(tiny.exact(), "exact")
     attached = Scorer(tiny.path, memory=memory, lookup=lookup, flash_attn=flash_attn)
     assert kl(full, attached.log_probs(tiny.live)).mean() < 1e-5
-    assert kl(full[:1], attached.log_probs(tiny.live[:1])).mean() < 1e-5  # a batch of one: the CPU op in "auto"
+    assert kl(full[:1], attached.log_probs(tiny.live[:1])).mean() < 1e-5  # a batch of one token, for which "auto" takes the CPU op
 
 
 def test_far_positions(tiny):

@@ -1,4 +1,4 @@
-"""A file that is written is there as a whole or not at all, whoever else writes it."""
+"""Files are written completely or not at all, whoever else writes them at the same time."""
 
 import errno
 import os
@@ -21,10 +21,18 @@ def save(path: Path, text: str) -> None:
         part.write_text(text)
 
 
+PRELUDE = """
+import sys
+from attnmem_local.memory.files import replace_file
+def wait():
+    print("waits", flush=True)
+    sys.stdin.readline()
+"""
+
+
 def program(code: str, *arguments) -> subprocess.Popen:
-    """Python that prints when it is about to wait for a line of its input."""
-    prelude = "import sys; from attnmem_local.memory.files import replace_file\ndef wait(): print('waits', flush=True); sys.stdin.readline()\n"
-    command = [sys.executable, "-c", prelude + code, *map(str, arguments)]
+    """A Python process in which wait() prints "waits" and then blocks until it gets a line of input."""
+    command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -48,7 +56,7 @@ def test_two_builds_of_one_file_both_succeed_and_leave_one_whole_file(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_what_a_killed_build_left_is_removed_by_the_next_one(tmp_path):
+def test_leftovers_of_a_killed_build_are_removed_by_the_next_one(tmp_path):
     path = tmp_path / "out"
     save(path, "old")
     killed = program(HALF, path)
@@ -69,7 +77,7 @@ def test_an_interrupted_build_keeps_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["out"] and path.read_text() == "old"
 
 
-def test_a_memory_is_readable_by_those_who_could_read_the_old_one(tmp_path):
+def test_a_new_file_follows_the_umask_and_a_replaced_one_keeps_its_permissions(tmp_path):
     path = tmp_path / "out"
     before = os.umask(0o027)
     try:
@@ -82,12 +90,12 @@ def test_a_memory_is_readable_by_those_who_could_read_the_old_one(tmp_path):
         os.umask(before)
 
 
-@pytest.mark.parametrize("what", ["fifo", "folder", "device"])
-def test_what_is_not_a_file_is_not_replaced_by_one(tmp_path, what):
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_only_a_regular_file_is_replaced(tmp_path, kind):
     path = tmp_path / "out"
-    if what == "fifo":
+    if kind == "fifo":
         os.mkfifo(path)
-    elif what == "folder":
+    elif kind == "folder":
         path.mkdir()
     else:
         path = Path("/dev/null")
@@ -97,7 +105,7 @@ def test_what_is_not_a_file_is_not_replaced_by_one(tmp_path, what):
     assert not path.is_file()
 
 
-def test_a_link_stays_and_the_file_it_points_to_is_written(tmp_path):
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     (tmp_path / "store").mkdir()
     link, target = tmp_path / "link", tmp_path / "store" / "target"
     target.write_text("old")
@@ -108,7 +116,7 @@ def test_a_link_stays_and_the_file_it_points_to_is_written(tmp_path):
 
 
 def test_a_planted_link_is_not_followed(tmp_path):
-    """In a shared folder somebody else may have made files with the names of temporary ones."""
+    """In a shared folder somebody else may have created files with the names of temporary ones."""
     victim, path = tmp_path / "victim", tmp_path / "out"
     victim.write_text("precious")
     (tmp_path / "out.part").symlink_to(victim)
@@ -131,8 +139,8 @@ def test_a_full_disk_says_so_with_its_error_number(tiny, monkeypatch):
     assert not list(tiny.folder.glob("*full*"))
 
 
-def test_fidelity_that_could_not_be_measured_loses_no_build(tiny):
-    """Live text of one token has no perplexity, and a file with NaN would be refused."""
+def test_fidelity_that_could_not_be_measured_is_left_out(tiny):
+    """A single token of live text has no NLL, and a file with NaN would be refused."""
     memory = tiny.exact()
     memory.fidelity = {"kl_mean": 0.1, "nll_full": np.nan}
     assert Memory.load(tiny.save(memory, "unmeasured")).fidelity == {}

@@ -1,4 +1,4 @@
-"""A memory that was written in November 2026: reader and writer cannot drift away from the format together."""
+"""A memory file from November 2026, which keeps reader and writer from drifting away from the format together."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from attnmem_local.memory.memory import Memory
 from attnmem_local.runtime.llama import MemoryLlama
 
 GOLDEN = Path(__file__).parent / "golden"
-PATH = GOLDEN / "version-2.mem.gguf"  # for the model of the fixture tiny; all kinds, lists and graphs in layer 1
-STATES = GOLDEN / "version-2.states.npz"  # q float32 [n_tokens, n_head, d_k], and for layers 0 and 1 states as of native.state
+PATH = GOLDEN / "version-2.mem.gguf"  # built for the fixture `tiny`; layer 1 has all kinds of entries, lists and graphs
+STATES = GOLDEN / "version-2.states.npz"  # q, float32 [n_tokens, n_head, d_k], and the result of native.state for layers 0 and 1
 
 
-def test_an_old_memory_says_what_it_said():
+def test_an_old_memory_is_read_as_before():
     memory = Memory.load(PATH)
     assert (len(memory.prefix_tokens), memory.prefix_tokens[:3], memory.segment_offset) == (240, [984, 752, 795], [0, 100, 240])
     assert memory.prefix_messages == [{"role": "system", "content": "Grüße\n"}]
@@ -27,13 +27,13 @@ def test_an_old_memory_says_what_it_said():
     }  # fmt: skip
 
 
-def test_an_old_memory_is_written_as_it_was(tmp_path):
+def test_an_old_memory_is_written_as_before(tmp_path):
     Memory.load(PATH).save(tmp_path / "again.mem.gguf")
     assert (tmp_path / "again.mem.gguf").read_bytes() == PATH.read_bytes()
 
 
 @pytest.mark.parametrize("lookup", ["scan", "hnsw", "lists"])
-def test_an_old_memory_answers_as_it_did(tiny, lookup):
+def test_an_old_memory_answers_as_before(tiny, lookup):
     llama = MemoryLlama(str(tiny.path), memory=PATH, verbose=False)
     handle = llama.memories[0].memory.handle
     memory = Memory.load(PATH)

@@ -1,4 +1,4 @@
-"""Copies, saved states and the end of a MemoryLlama."""
+"""Copying, closing and saving the state of a MemoryLlama."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def test_a_copy_is_refused_when_a_memory_has_changed(tiny, one, two, tmp_path):
         pickle.loads(pickled)
 
 
-# the end
+# closing
 
 USES = {
     "attach": lambda llama, one: llama.attach(one),
@@ -102,11 +102,11 @@ def test_a_plain_llama_refuses_a_state_saved_with_memories(tiny, one):
         llama.load_state(state)
     plain.eval(tiny.live)
     llama.detach()
-    llama.load_state(plain.save_state())  # of a plain one, without memories
+    llama.load_state(plain.save_state())  # without memories, the state of a plain Llama fits
 
 
 @pytest.mark.parametrize("how", ["damaged", "interrupted"])
-def test_a_state_that_is_not_loaded_whole_leaves_no_tokens_behind(tiny, one, answers, monkeypatch, how):
+def test_a_state_that_fails_to_load_leaves_no_tokens_behind(tiny, one, answers, monkeypatch, how):
     llama = open_llama(tiny, one)
     llama.eval(tiny.live)
     state = llama.save_state()
@@ -130,6 +130,6 @@ def test_objects_that_share_a_prompt_cache_never_share_answers(tiny, one, two, a
     for _ in range(2):
         for key, llama in llamas.items():
             llama.set_cache(cache)
-            cache = llama.cache  # as one object's cache is handed to the next
+            cache = llama.cache  # handed on to the next object, as a user would
             llama.reset()
             assert ask(llama, tiny.live) == answers[key]

@@ -1,8 +1,9 @@
-"""The memory file is untrusted input: each way it can be wrong has its own error, in Python and in native code."""
+"""The memory file is untrusted input: each defect is refused with its own error, by the Python and the native reader alike."""
 
 import copy
 import os
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gguf
@@ -33,7 +34,7 @@ def llama(tiny):
 
 @pytest.fixture(scope="module")
 def mixed(tiny32):
-    """Every kind of entries, in Q8_0."""
+    """A memory with every kind of entries, in Q8_0."""
     return mixed_memory(tiny32.model.spec, tiny32.prefix, q8_0=True)
 
 
@@ -49,7 +50,8 @@ def refused_by_both(llama, path, error, match=None):
         llama.load_memory(path)
 
 
-def same(a, b):
+def same(a, b) -> bool:
+    """Whether two memories, or two of their fields, are equal; numbers as float32."""
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, dict):
@@ -62,10 +64,12 @@ def same(a, b):
 
 
 def test_round_trip(tiny, good):
-    good.prefix_messages = [{"role": "system", "content": "Grüße\n"}]
-    good.fidelity = {name: 0.25 for name in FIDELITY}
-    assert same(Memory.load(tiny.save(good, "good")), good)
-    good.prefix_messages, good.fidelity = None, {}
+    memory = replace(
+        good,
+        prefix_messages=[{"role": "system", "content": "Grüße\n"}],
+        fidelity={name: 0.25 for name in FIDELITY},
+    )
+    assert same(Memory.load(tiny.save(memory, "good")), memory)
 
 
 def test_round_trip_of_all_kinds(tiny32, mixed):
@@ -111,14 +115,14 @@ def test_flipped_header_bytes_never_crash(tiny, good, llama, tmp_path):
     rng = np.random.default_rng(0)
     flipped = tmp_path / "flipped.mem.gguf"
     outcomes = set()
-    for at in rng.integers(4, header, 400):
+    for position in rng.integers(4, header, 400):
         bad = bytearray(data)
-        bad[at] ^= rng.integers(1, 256)
+        bad[position] ^= rng.integers(1, 256)
         flipped.write_bytes(bad)
         for load in (Memory.load, lambda p: MemoryLlama.load_memory(llama, p)):
             try:
                 load(flipped)
-                outcomes.add("loaded")  # a byte of the prefix text, say
+                outcomes.add("loaded")  # harmless where, for example, the byte is part of the prefix text
             except errors.MemoryRefused as error:
                 outcomes.add(error.reason)
     assert {"truncated", "invalid", "wrong_model"} <= outcomes
@@ -180,10 +184,10 @@ INVALID = {
 }
 
 
-@pytest.mark.parametrize("what", INVALID)
-def test_invalid_content(tiny, good, llama, what):
+@pytest.mark.parametrize("defect", INVALID)
+def test_invalid_content(tiny, good, llama, defect):
     bad = copy.deepcopy(good)
-    INVALID[what](bad)
+    INVALID[defect](bad)
     refused_by_both(llama, tiny.save(bad, "bad"), errors.Invalid)
 
 
@@ -217,15 +221,15 @@ INVALID_KINDS = {
 }
 
 
-@pytest.mark.parametrize("what", INVALID_KINDS)
-def test_invalid_content_of_the_other_kinds(tiny32, mixed, llama32, what):
+@pytest.mark.parametrize("defect", INVALID_KINDS)
+def test_invalid_content_of_the_other_kinds(tiny32, mixed, llama32, defect):
     bad = copy.deepcopy(mixed)
-    INVALID_KINDS[what](bad)
+    INVALID_KINDS[defect](bad)
     refused_by_both(llama32, tiny32.save(bad, "bad"), errors.Invalid)
 
 
 def _key(name, value=None):
-    """Sets a key, or removes it."""
+    """A mutation that sets a key, or removes it for None."""
 
     def change(c):
         c.keys = [(k, v) for k, v in c.keys if k != name] + ([] if value is None else [(name, value)])
@@ -234,6 +238,7 @@ def _key(name, value=None):
 
 
 def _tensor(c, part, **changes):
+    """Sets fields of all tensors whose names end in a part; a callable is given the tensor."""
     for t in c.tensors:
         if t.name.endswith(part):
             for field, value in changes.items():
@@ -244,18 +249,18 @@ HOSTILE = {
     "a NUL in a key": _key(b"attnmem.build.x\0y", scalar(U32, 1)),
     "a key that is not UTF-8": _key(b"attnmem.build.\xff", scalar(U32, 1)),
     "an empty key": _key(b"", scalar(U32, 1)),
-    "a key twice": lambda c: c.keys.append(c.keys[-1]),
+    "a duplicated key": lambda c: c.keys.append(c.keys[-1]),
     "a NUL in the adapter's type": lambda c: _key(b"adapter.type", string(b"attention_state_memory\0y"))(c),
     "a NUL in the prefix": _key(b"attnmem.prefix.text", string(b"Hello\0")),
     "a prefix that is not UTF-8": _key(b"attnmem.prefix.text", string(b"\xc3")),
     "a surrogate in the prefix": _key(b"attnmem.prefix.text", string(b"\xed\xa0\x80")),
     "no prefix text": _key(b"attnmem.prefix.text"),
     "messages as numbers": _key(b"attnmem.prefix.messages", array(U8, b"[]", 2)),
-    "messages that are no JSON": _key(b"attnmem.prefix.messages", string(b"[")),
+    "messages that are not JSON": _key(b"attnmem.prefix.messages", string(b"[")),
     "a negative token": _key(b"attnmem.prefix.tokens", array(I32, b"\xff\xff\xff\xff" * 240, 240)),
     "a build parameter of another type": _key(b"attnmem.build.x", array(U8, b"", 0)),
-    "a build parameter that is no number": _key(b"attnmem.build.x", scalar(F32, np.nan)),
-    "fidelity in part": _key(b"attnmem.fidelity.kl_mean", scalar(F32, 0.1)),
+    "a build parameter of NaN": _key(b"attnmem.build.x", scalar(F32, np.nan)),
+    "incomplete fidelity": _key(b"attnmem.fidelity.kl_mean", scalar(F32, 0.1)),
     "fidelity that is text": _key(b"attnmem.fidelity.kl_mean", string(b"good")),
     "a scale of 0": _key(b"attnmem.attention.scale", scalar(F32, 0)),
     "a scale of NaN": _key(b"attnmem.attention.scale", scalar(F32, np.nan)),
@@ -267,14 +272,14 @@ HOSTILE = {
     "an array whose bytes overflow": _key(b"x", array(I32, b"", 1 << 62)),
     "an array of arrays": _key(b"x", array(9, bytes(12), 1)),
     "a text that is longer than the file": _key(b"x", Value(STRING, text(b"y", (1 << 64) - 1))),
-    "texts without end": _key(b"x", array(STRING, b"", 1 << 62)),
-    "more keys than there are": lambda c: c.counts.update(keys=1 << 15),
-    "more tensors than there are": lambda c: c.counts.update(tensors=len(c.tensors) + 1),
-    "tensors without end": lambda c: c.counts.update(tensors=1 << 62),
+    "an array of 2**62 texts": _key(b"x", array(STRING, b"", 1 << 62)),
+    "a count of keys that is too large": lambda c: c.counts.update(keys=1 << 15),
+    "a count of tensors that is too large": lambda c: c.counts.update(tensors=len(c.tensors) + 1),
+    "a count of 2**62 tensors": lambda c: c.counts.update(tensors=1 << 62),
     "GGUF version 2": lambda c: setattr(c, "version", 2),
     "a NUL in the name of a tensor": lambda c: _tensor(c, b".bias", name=lambda t: t.name + b"\0"),
     "a long name of a tensor": lambda c: _tensor(c, b".bias", name=b"x" * 64),
-    "a tensor twice": lambda c: c.tensors.append(c.tensors[0]),
+    "a duplicated tensor": lambda c: c.tensors.append(c.tensors[0]),
     "overlapping tensors": lambda c: _tensor(c, b".value", offset=0),
     "a tensor beyond the end": lambda c: _tensor(c, b".key", offset=1 << 62),
     "links of width 0": lambda c: _tensor(c, (b".link0", b".link"), dims=lambda t: [0, t.dims[1]], data=b""),
@@ -285,10 +290,10 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_files_are_refused_by_both_readers(tiny, good, llama, tmp_path, what):
+@pytest.mark.parametrize("defect", HOSTILE)
+def test_hostile_files_are_refused_by_both_readers(tiny, good, llama, tmp_path, defect):
     hostile = parse(tiny.save(good, "good").read_bytes())
-    HOSTILE[what](hostile)
+    HOSTILE[defect](hostile)
     path = tmp_path / "hostile.mem.gguf"
     path.write_bytes(hostile.bytes())
     refused_by_both(llama, path, (errors.Invalid, errors.Truncated, errors.NotAMemory))
@@ -303,10 +308,10 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("what", ODD)
-def test_odd_files_load_at_once_in_both_readers(tiny, good, llama, tmp_path, what):
+@pytest.mark.parametrize("oddity", ODD)
+def test_odd_but_valid_files_load_quickly_in_both_readers(tiny, good, llama, tmp_path, oddity):
     odd = parse(tiny.save(good, "good").read_bytes())
-    ODD[what](odd)
+    ODD[oddity](odd)
     path = tmp_path / "odd.mem.gguf"
     path.write_bytes(odd.bytes())
     for load in Memory.load, llama.load_memory:
@@ -316,7 +321,7 @@ def test_odd_files_load_at_once_in_both_readers(tiny, good, llama, tmp_path, wha
 
 
 @pytest.mark.parametrize("key", ["block_count", "attention.head_count", "attention.head_count_kv"])
-def test_a_small_file_that_says_it_is_large_takes_no_memory(tiny, good, llama, tmp_path, key):
+def test_a_small_file_that_claims_to_be_large_is_refused_before_it_takes_ram(tiny, good, llama, tmp_path, key):
     large = parse(tiny.save(good, "good").read_bytes())
     large.tensors = []
     _key(f"attnmem.{key}".encode(), scalar(U32, 1 << 31))(large)
@@ -383,7 +388,7 @@ def test_the_fingerprint_survives_quantization(tiny, good, default_model, f32_mo
         assert MemoryLlama(str(model), memory=path, verbose=False).memories
 
 
-def test_a_full_disk_is_said_before_a_build_begins(tiny, monkeypatch):
+def test_a_full_disk_is_reported_before_a_build_begins(tiny, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="the disk has 0.0 MB left"):
         build_memory(tiny.model, tiny.prefix, tiny.folder / "full.mem.gguf")

@@ -1,6 +1,7 @@
 """The ops of the runtime against sums in double precision: tests/native/mem-state.cpp, compiled here."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,8 +11,6 @@ import pytest
 from helpers.paths import ROOT
 
 LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
-
-
 NATIVE = Path(__file__).parent / "native"
 GGML = ROOT / "build/tree/vendor/llama.cpp/ggml"
 
@@ -33,6 +32,26 @@ def program(tmp_path_factory) -> Path:
 
 def test_states_and_flash_attention_with_a_state(program):
     done = subprocess.run([program, "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+INSTRUCTION_SETS = {
+    "x86-64": set(),
+    "haswell": {"avx2", "fma", "f16c"},
+    "skylake-avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+
+
+@pytest.mark.parametrize("march", INSTRUCTION_SETS)
+def test_the_kernels_of_other_cpus(march, tmp_path):
+    """The op compiled for less than this CPU has: the generic kernels, and those of each instruction set; every case in 10."""
+    if platform.machine() != "x86_64":
+        pytest.skip("only x86 has kernels of its own")
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    if not INSTRUCTION_SETS[march] <= set(flags):
+        pytest.skip(f"this CPU does not run code for {march}")
+    options = ["-DKERNELS", "-D_GNU_SOURCE", f"-march={march}", "-I", GGML / "src", "-I", GGML / "src/ggml-cpu"]
+    done = subprocess.run([compiled(tmp_path / "kernels", *options), "cpu", "10"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch reference and the llama.cpp runtime compute the same numbers from the same memory file."""
+"""The PyTorch reference and the llama.cpp runtime compute the same states and logits from a memory file."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ from attnmem_local.runtime.llama import MemoryLlama
 
 
 def reference_states(memory, layer, q):
-    """As native.state: float32 [n_tokens, n_head, d_v + 1] for q [n_tokens, n_head, d_k]."""
+    """The reference for native.state: float32 [n_tokens, n_head, d_v + 1] for q [n_tokens, n_head, d_k]."""
     grouped = torch.from_numpy(q).unflatten(1, (memory.model.head_count_kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)
     o, lse = memory_state(memory, layer, grouped)
     return torch.cat((o, lse[..., None]), dim=-1).unflatten(1, (-1, len(q))).permute(2, 0, 1, 3).flatten(1, 2).numpy()
 
 
-def relative_error(got, expected):
-    return np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+def relative_error(actual, expected):
+    return np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
 
 
 @pytest.mark.parametrize("kind", ["exact", "fitted"])
@@ -34,7 +34,7 @@ def test_states(tiny, kind):
     q = 3 * np.random.default_rng(0).standard_normal((50, spec.head_count, spec.key_length)).astype(np.float32)
     for layer in range(spec.block_count):
         error = relative_error(native.state(llama.memories[0].memory.handle, layer, q, "scan"), reference_states(memory, layer, q))
-        # of two entries with nearly the same score either may be found
+        # of two entries with nearly equal scores, rounding decides which one a query gets
         assert np.mean(error < 1e-4) > 0.99
 
 
@@ -63,7 +63,7 @@ def test_the_stock_path_and_the_cpu_op_agree_on_all_kinds(tiny32, mixed, n_live)
         scorer = Scorer(tiny32.path, lookup=lookup)
         scorer.llama.attach(mixed, gain=0.5)
         logits[lookup] = scorer.log_probs(live)
-    # the error of a query that finds the other of two entries stays with its token
+    # where rounding gives a query another entry of nearly equal score, only the distribution at its token differs
     error = kl(logits["stock"], logits["scan"])
     assert np.median(error) < 1e-6 and error.mean() < 1e-3
     assert kl(logits["stock"], Scorer(tiny32.path).log_probs(live)).mean() > 0.01
@@ -87,9 +87,9 @@ def test_a_query_that_is_not_finite_harms_no_other(tiny32, search):
     q = random_queries(np.random.default_rng(1), 20, tiny32.model.spec.head_count, 32)
     expected = native.state(handle, 0, q, search)
     for bad in (np.nan, np.inf, 1e38):
-        for some in (slice(None), slice(3, 5)):
+        for dimensions in (slice(None), slice(3, 5)):
             broken = q.copy()
-            broken[7, :, some] = bad
+            broken[7, :, dimensions] = bad
             np.testing.assert_array_equal(np.delete(native.state(handle, 0, broken, search), 7, 0), np.delete(expected, 7, 0))
 
 
@@ -99,13 +99,13 @@ def test_logits(tiny):
     none = Scorer(tiny.path).log_probs(tiny.live)
     expected = log_softmax(reference.numpy())
     for lookup in native.LOOKUPS:
-        got = Scorer(tiny.path, memory=path, lookup=lookup).log_probs(tiny.live)
-        assert kl(expected, got).mean() < 0.02 * kl(expected, none).mean()
+        actual = Scorer(tiny.path, memory=path, lookup=lookup).log_probs(tiny.live)
+        assert kl(expected, actual).mean() < 0.02 * kl(expected, none).mean()
 
 
 def test_the_stock_path_and_the_cpu_op_agree(tiny):
     memory = tiny.fitted()
-    for layer in memory.layers[0].values():  # with float16 keys the stock path rounds q, and a few queries find another entry
+    for layer in memory.layers[0].values():  # in float32: with float16 keys the stock path rounds q
         layer.centroid.key = rows(layer.centroid.key)
     path = tiny.save(memory, "fitted-f32")
     stock = Scorer(tiny.path, memory=path, lookup="stock").log_probs(tiny.live)
@@ -118,7 +118,7 @@ def test_flash_attention_merges_with_the_state(tiny32, mixed, n_live):
     live = tiny32.live[:n_live]
     plain = Scorer(tiny32.path, memory=mixed, lookup="stock").log_probs(live)
     none = kl(plain, Scorer(tiny32.path).log_probs(live)).mean()
-    for kv_type, bound in ((1, 1e-4), (8, 0.02)):  # F16 and Q8_0 live tokens
+    for kv_type, bound in ((1, 1e-4), (8, 0.02)):  # ggml types of the KV cache: F16, Q8_0
         flash = Scorer(tiny32.path, memory=mixed, flash_attn=True, type_k=kv_type, type_v=kv_type).log_probs(live)
-        # the error of a query that finds the other of two entries stays with its token
+        # the median ignores tokens at which rounding gives a query another entry of nearly equal score
         assert np.median(kl(plain, flash)) < bound * none

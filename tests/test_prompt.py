@@ -1,4 +1,4 @@
-"""Prefixes and prompts as a user gives them: what a memory takes in, what a live prompt may look like, and what is refused."""
+"""Prefixes and prompts from users: what becomes part of a memory, which live prompts fit it, and which are refused."""
 
 import json
 import struct
@@ -44,7 +44,7 @@ ANSWER = {"role": "tool", "tool_call_id": "1", "content": "9:00"}
 _CHATML = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 _ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 CHATML = "{% for m in messages %}" + _CHATML + "{% endfor %}" + _ASK
-# qwen2, in short: messages of other roles are left out, tools stand in the system turn, null is taken
+# a short version of qwen2's template: it leaves out messages of other roles, writes tools in the system turn, and accepts null
 QWEN2 = (
     "{{ '<|im_start|>system\n' + (messages[0].content if messages[0].role == 'system' else 'You are Qwen.') }}"
     "{% if tools %}{{ '\n# Tools' }}{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
@@ -54,13 +54,13 @@ QWEN2 = (
     "{% for call in m.tool_calls %}{{ '<tool_call>' + call.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
     + _ASK
 )
-MISTRAL = (  # the system message stands in the user's last one
+MISTRAL = (  # writes the system message into the user's last message
     "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
     "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' }}{% if loop.last and system %}{{ system + '\n\n' }}{% endif %}"
     "{{ m.content + '[/INST]' }}{% elif m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 FIRST_USER = MISTRAL.replace("loop.last", "loop.index0 == 1")
-PLAIN = (  # no special tokens
+PLAIN = (  # without special tokens
     "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -101,7 +101,7 @@ def user(text: str) -> dict:
 
 
 class Files:
-    """A tiny model, and memories of it that are exact, so that answers can be compared."""
+    """Files of a tiny model and of its exact memories, whose answers can be compared with those of the full prefix."""
 
     def __init__(self, tiny):
         self.tiny = tiny
@@ -128,7 +128,7 @@ def files(tiny):
 
 
 def fed(llama) -> str:
-    """The live text of the last completion, its one answered token left out."""
+    """The live text that the last completion evaluated; the one token of its answer is not among it."""
     return GgufTokenizer(llama._model).decode(llama.input_ids[: llama.n_tokens].tolist())
 
 
@@ -149,11 +149,11 @@ def test_a_message_may_begin_with_anything(source):
         whole = tokenizer.template.render([SYSTEM, user(beginning)])
         live = live_chat(tokenizer, prefix, [user(beginning)])
         assert prefix.text + tokenizer.decode(live) == whole, beginning
-        if source in (None, QWEN2):  # after a special token not even the tokens can differ
+        if source in (None, QWEN2):  # these prefixes end in a special token, so the tokens are equal too
             assert prefix.tokens + live == tokenizer.encode(whole, add_bos=False), beginning
 
 
-def test_code_that_is_pasted_into_a_trace_does_not_end_the_build(default):
+def test_a_trace_may_begin_with_indented_code(default):
     prefix = chat_prefix(default, [SYSTEM])
     (window,) = traces(default, prefix, [[user("    def f():\n        pass"), OK]], 1000)
     assert "def f()" in default.decode(window)
@@ -162,7 +162,7 @@ def test_code_that_is_pasted_into_a_trace_does_not_end_the_build(default):
 
 
 def test_a_memory_of_an_older_build_answers_any_message(files):
-    """Its prefix takes in the opening of the user's turn, with which a newline merges."""
+    """Its prefix includes the beginning of the user's turn, with which a newline merges."""
     tokenizer = files.tiny.model.tokenizer
     tokens = tokenizer.encode(f"<|im_start|>system\n{HANDBOOK}<|im_end|>\n<|im_start|>user\n", add_bos=False)
     llama = files.llama(Prefix(tokens, tokenizer.decode(tokens), [SYSTEM]))
@@ -173,7 +173,7 @@ def test_a_memory_of_an_older_build_answers_any_message(files):
 
 
 def test_answers_to_a_chat_are_those_of_the_full_prompt(files):
-    """Also as a stream, as JSON, with log probabilities, and as a tool call: all as llama_cpp itself answers."""
+    """This includes streams, JSON, log probabilities and tool calls, all compared with a plain llama_cpp.Llama."""
     messages = [SYSTEM, user("\n  Hi")]
     plain = MemoryLlama(str(files.model()), n_ctx=512, verbose=False, logits_all=True)
     llama = files.llama(chat_prefix(files.tiny.model.tokenizer, [SYSTEM]), logits_all=True)
@@ -213,7 +213,7 @@ def test_special_tokens_in_a_text_are_read_as_llama_cpp_reads_them(files, tmp_pa
     llama = files.llama(prefix)
     for prompt in (ask, text + ask):
         assert llama.create_completion(prompt, max_tokens=12, temperature=0)["choices"][0]["text"] == expected
-    chat = llama.create_chat_completion([SYSTEM, HI], max_tokens=12, temperature=0)  # a text that is a chat, too
+    chat = llama.create_chat_completion([SYSTEM, HI], max_tokens=12, temperature=0)  # rendered, it begins with the same text
     assert chat["choices"][0]["message"]["content"] == expected
     with pytest.raises(errors.MemoryRefused, match="plain text"):
         llama.create_chat_completion([HI])
@@ -236,7 +236,7 @@ def test_a_text_that_repeats_the_prefix_is_not_fed_twice(files, add_bos):
 
 
 def test_a_text_goes_on_without_a_space_that_nobody_wrote(tmp_path):
-    """Vocabularies of SentencePiece put a space before a text that begins."""
+    """With a SentencePiece vocabulary, llama.cpp puts a space before every text."""
     tokenizer = GgufTokenizer(write_tiny(tmp_path / "spm.gguf", DEFAULT_MODEL, spm=True, add_bos=True))
     (tmp_path / "a.txt").write_text("Green")
     prefix = read_prefix(tokenizer, [tmp_path / "a.txt"])
@@ -247,7 +247,7 @@ def test_a_text_goes_on_without_a_space_that_nobody_wrote(tmp_path):
 
 
 def test_an_empty_prompt_goes_on_where_the_text_ends(tiny, tmp_path):
-    """So does a prompt that is the prefix, as with the full text in the context."""
+    """A prompt that equals the prefix does the same. The reference has the full text in the context."""
     text = "We sell tea. Green tea costs 4 euros, and black tea costs\n"
     (tmp_path / "a.txt").write_text(text)
     tokens = tiny.model.tokenizer.encode(text, add_bos=True)
@@ -264,7 +264,7 @@ def test_an_empty_prompt_goes_on_where_the_text_ends(tiny, tmp_path):
 
 
 def test_a_memory_of_an_older_build_cannot_go_on_without_a_prompt(files):
-    """It holds the last token, too: fed once more, that would count twice."""
+    """It covers the last token too, which would count twice if it were live as well."""
     text = "We sell tea. Green tea costs"
     llama = files.llama(Prefix(files.tiny.model.tokenizer.encode(text, add_bos=True), text))
     for prompt in ("", text):
@@ -301,7 +301,7 @@ def test_a_message_that_the_template_leaves_out_is_refused(qwen2, messages, says
         chat_prefix(qwen2, messages)
 
 
-def test_an_answer_never_misses_a_message_of_an_unknown_role(qwen2, default):
+def test_a_live_message_that_the_template_leaves_out_is_refused(qwen2, default):
     message = {"role": "System", "content": "Be brief."}
     with pytest.raises(ValueError, match="does not write message 2, with the role 'System'"):
         live_chat(qwen2, chat_prefix(qwen2, [SYSTEM]), [message, HI])
@@ -327,7 +327,7 @@ def test_messages_as_openai_clients_send_them(default):
 
 
 def test_a_tool_call_without_content(default, qwen2, caplog):
-    """The default template takes no null, others know a tool call by it, and to some it makes no difference."""
+    """Content null: refused by the default template, the mark of a tool call in others, and without effect in the rest."""
     absent = {key: value for key, value in CALL.items() if key != "content"}
     for tokenizer in (default, qwen2, WithTemplate(QWEN2.replace("{% if m.content %}", "{% if m.content is not none %}"))):
         prefix = chat_prefix(tokenizer, [SYSTEM])
@@ -353,7 +353,7 @@ def test_a_tool_call_without_content(default, qwen2, caplog):
         ("Hi", "message 1 is text"),
     ],
 )
-def test_a_message_that_is_none_is_one_clear_error(default, message, says):
+def test_a_malformed_message_is_one_clear_error(default, message, says):
     prefix = chat_prefix(default, [SYSTEM])
     for act in (
         lambda: chat_prefix(default, [message]),
@@ -374,7 +374,7 @@ def test_a_prompt_that_is_not_unicode_is_one_clear_error(files):
     assert type(error.value) is errors.BadInput
 
 
-# what a memory's chat begins with
+# the beginning of a chat
 
 
 def test_the_system_message_of_a_memory_with_examples_may_be_repeated_alone(default):
@@ -386,13 +386,13 @@ def test_the_system_message_of_a_memory_with_examples_may_be_repeated_alone(defa
     assert live_chat(default, two, [SYSTEM, HI]) == live_chat(default, two, [HI])
 
 
-def test_a_question_that_is_also_an_example_is_asked(default):
+def test_a_question_that_repeats_an_example_is_not_mistaken_for_the_prefix(default):
     prefix = chat_prefix(default, EXAMPLES)
     assert default.decode(live_chat(default, prefix, EXAMPLES[:1])).startswith("user\n2+2")
 
 
 @pytest.mark.parametrize(
-    "own, live, says",
+    "messages, live, says",
     [
         (
             [SYSTEM],
@@ -411,9 +411,9 @@ def test_a_question_that_is_also_an_example_is_asked(default):
         ),
     ],
 )
-def test_a_chat_with_another_system_message_says_so(default, own, live, says):
+def test_a_chat_with_another_system_message_says_so(default, messages, live, says):
     with pytest.raises(errors.PrefixMismatch, match=says):
-        live_chat(default, chat_prefix(default, own), live)
+        live_chat(default, chat_prefix(default, messages), live)
 
 
 def test_another_template_is_told_from_another_text(default):
@@ -455,7 +455,7 @@ def test_a_template_that_moves_the_system_message_is_refused_and_the_way_out_wor
     ],
 )
 def test_chats_of_real_models_go_on(name):
-    """Templates that llama.cpp has for its own tests; the last two take a document in place of a system message."""
+    """Templates from llama.cpp's tests. The last two accept a document in a user's message, but not as a system message."""
     tokenizer = WithTemplate((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
     for messages in ([SYSTEM], [user(HANDBOOK), OK]):
         try:
@@ -496,10 +496,10 @@ def test_a_memory_works_on_the_next_day(files, monkeypatch):
     assert llama.memories[0].memory.prefix_date == prefix.date
     llama.create_chat_completion([HI], max_tokens=1)
     assert fed(llama) == "user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    llama = files.llama(replace(prefix, date=None), template=DATE)  # of an older build
+    llama = files.llama(replace(prefix, date=None), template=DATE)  # a memory of an older build
     with pytest.raises(errors.PrefixMismatch, match="the date differs.*25 Nov 2026.*06 May 2031.*build it again"):
         llama.create_chat_completion([HI], max_tokens=1)
-    # a date that a template writes later is that of the day
+    # a date after the prefix is not part of it, so it may change
     assert chat_prefix(WithTemplate(CHATML + "{{ strftime_now('%Y') }}"), [SYSTEM]).date is None
 
 
@@ -517,7 +517,7 @@ def test_a_broken_template_is_one_line_that_names_it(tmp_path):
         MemoryLlama(str(broken), verbose=False)
 
 
-def test_another_way_to_write_chats_is_refused(files):
+def test_another_chat_format_is_refused(files):
     llama = files.llama(chat_prefix(files.tiny.model.tokenizer, [SYSTEM]), chat_format="llama-2")
     with pytest.raises(errors.MemoryRefused, match="leave out chat_format"):
         llama.create_chat_completion([HI])
@@ -548,7 +548,7 @@ def test_tools_are_part_of_a_prefix(files, qwen2):
 def test_tools_that_the_template_leaves_out_are_refused(default):
     with pytest.raises(ValueError, match="does not write the tool 'hours'"):
         chat_prefix(default, [SYSTEM], tools=[HOURS])
-    assert live_chat(default, chat_prefix(default, [SYSTEM]), [HI], [HOURS])  # as llama_cpp does it
+    assert live_chat(default, chat_prefix(default, [SYSTEM]), [HI], [HOURS])  # live tools may be left out, as in llama_cpp
 
 
 def test_build_and_update_take_a_file_of_tools(files, tmp_path):
@@ -577,7 +577,7 @@ def test_build_and_update_take_a_file_of_tools(files, tmp_path):
 # the file
 
 
-def test_both_readers_refuse_tools_and_dates_that_are_none(files, tiny):
+def test_both_readers_refuse_malformed_tools_and_dates(files, tiny):
     memory = replace(tiny.exact(), prefix_messages=[SYSTEM], prefix_tools=[HOURS], prefix_date="2026-11-25T10:00:00")
     path = tiny.save(memory, "tools")
     assert Memory.load(path).prefix == memory.prefix
@@ -590,7 +590,7 @@ def test_both_readers_refuse_tools_and_dates_that_are_none(files, tiny):
                 read(path)
     path = tiny.save(replace(memory, prefix_date="20261125"), "bad")
     string = struct.pack("<IQ8s", 8, 8, b"20261125")
-    array = struct.pack("<IIQI", 9, 4, 1, 20261125)  # of one u32, as long as the string
+    array = struct.pack("<IIQI", 9, 4, 1, 20261125)  # one u32; as many bytes as the string
     assert path.read_bytes().count(b"attnmem.prefix.date" + string) == 1
     path.write_bytes(path.read_bytes().replace(string, array))
     for read in (Memory.load, llama.load_memory):

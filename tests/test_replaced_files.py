@@ -1,4 +1,4 @@
-"""Memory files that are replaced, linked, moved, damaged or not memories at all, under an open MemoryLlama."""
+"""Memory files that are replaced, linked, moved or damaged while a MemoryLlama uses them, and files that are no memories."""
 
 import copy
 import os
@@ -54,7 +54,7 @@ def test_a_file_is_attached_once_whatever_names_it(tiny, one, two, answers, tmp_
     llama.attach("../soft")
     (tmp_path / "soft").unlink()
     os.symlink(two, tmp_path / "soft")
-    llama.attach("../soft")  # now leads to another file
+    llama.attach("../soft")  # the link now leads to another file
     assert len(llama.memories) == 1 and ask(llama, tiny.live) == answers[two,]
     llama.detach()
     llama.attach(path)
@@ -65,17 +65,17 @@ def test_a_file_is_attached_once_whatever_names_it(tiny, one, two, answers, tmp_
         llama.detach(tmp_path / "other")
 
 
-@pytest.mark.parametrize("what", ["replaced", "deleted", "truncated", "overwritten"])
-def test_a_running_service_does_not_feel_that_its_file_is(tiny, one, two, answers, tmp_path, what):
+@pytest.mark.parametrize("fate", ["replaced", "deleted", "truncated", "overwritten"])
+def test_an_attached_memory_outlives_its_file(tiny, one, two, answers, tmp_path, fate):
     path = tmp_path / "memory.gguf"
     shutil.copy(one, path)
     llama = open_llama(tiny, path)
     llama.set_cache(llama_cpp.LlamaRAMCache())
-    if what == "replaced":
+    if fate == "replaced":
         os.replace(shutil.copy(two, tmp_path / "new"), path)
-    elif what == "deleted":
+    elif fate == "deleted":
         path.unlink()
-    elif what == "truncated":
+    elif fate == "truncated":
         os.truncate(path, 0)
     else:
         path.write_bytes(os.urandom(path.stat().st_size))
@@ -86,7 +86,7 @@ def test_a_running_service_does_not_feel_that_its_file_is(tiny, one, two, answer
     assert ask(llama, tiny.live) == answers[one,]
     fresh = open_llama(tiny, one)
     fresh.load_state(state)
-    if what != "replaced":
+    if fate != "replaced":
         with pytest.raises(errors.MemoryRefused):
             llama.attach(path)
     else:
@@ -119,13 +119,14 @@ def test_a_file_that_is_being_written_is_refused(tiny, one, tmp_path, monkeypatc
         open_llama(tiny).load_memory(shutil.copy(one, tmp_path / "memory.gguf"))
 
 
-def rss():
+def rss() -> int:
+    """Resident memory of this process in bytes."""
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_hundred_updates_of_a_file_take_no_more_room_than_one(tiny, one, tmp_path, monkeypatch):
+def test_a_hundred_updates_of_a_file_take_no_more_ram_than_one(tiny, one, tmp_path, monkeypatch):
     path = tmp_path / "memory.gguf"
     shutil.copy(one, path)
     llama = open_llama(tiny)
@@ -145,7 +146,7 @@ def test_a_hundred_updates_of_a_file_take_no_more_room_than_one(tiny, one, tmp_p
     assert not handles
 
 
-def test_a_loaded_memory_is_valid_as_long_as_it_is_held(tiny, one, two, answers, tmp_path):
+def test_a_loaded_memory_stays_valid_while_it_is_held(tiny, one, two, answers, tmp_path):
     path = tmp_path / "memory.gguf"
     shutil.copy(one, path)
     llama = open_llama(tiny)
@@ -154,7 +155,7 @@ def test_a_loaded_memory_is_valid_as_long_as_it_is_held(tiny, one, two, answers,
     shutil.copyfile(two, path)
     new = llama.attach(path)
     assert new is not old and old.fingerprint != new.fingerprint
-    llama.attach(old)  # the version that was loaded first, in the place of the other
+    llama.attach(old)  # the version loaded first takes the place of the newer one
     assert [a.memory for a in llama.memories] == [old] and ask(llama, tiny.live) == answers[one,]
     llama.detach()
     gone = weakref.ref(new)
@@ -163,13 +164,13 @@ def test_a_loaded_memory_is_valid_as_long_as_it_is_held(tiny, one, two, answers,
     assert old.prefix_tokens == tiny.prefix.tokens
     llama.close()
     with pytest.raises(ValueError, match="freed with the model"):
-        old.prefix_tokens
+        _ = old.prefix_tokens
     for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="load its file again"):
             duplicate(old)
 
 
-def test_what_cannot_be_a_memory_is_named(tiny, one, tmp_path):
+def test_arguments_of_a_wrong_kind_are_refused(tiny, one, tmp_path):
     llama = open_llama(tiny)
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, tmp_path / "missing", "nul\0", "", one / "below"):

@@ -1,4 +1,4 @@
-"""MemoryLlama as a user sees it: attaching, composing, chat, streaming, caches, saved states, refusals."""
+"""MemoryLlama from a user's view: attaching, combining memories, chat, streaming, caches, saved states, refusals."""
 
 import copy
 
@@ -17,15 +17,15 @@ SYSTEM = [{"role": "system", "content": "You are terse."}]
 
 
 def part(memory, start, stop):
-    """The exact memory of a part of the prefix, whose keys stay where they are."""
+    """The exact memory of tokens start to stop of the prefix, at their positions in the whole prefix."""
     memory = copy.deepcopy(memory)
     n = len(memory.prefix_tokens)
     for il, layer in memory.layers[0].items():
-        a = layer.anchor
+        anchor = layer.anchor
         rows = np.concatenate([np.arange(h * n + start, h * n + stop) for h in range(memory.model.head_count_kv)])
-        a.key, a.value, a.bias = a.key[rows], a.value[rows], a.bias[rows]
-        a.offset = np.arange(memory.model.head_count_kv + 1, dtype=np.int32) * (stop - start)
-        memory.layers[0][il] = LayerMemory(anchor=a)
+        anchor.key, anchor.value, anchor.bias = anchor.key[rows], anchor.value[rows], anchor.bias[rows]
+        anchor.offset = np.arange(memory.model.head_count_kv + 1, dtype=np.int32) * (stop - start)
+        memory.layers[0][il] = LayerMemory(anchor=anchor)
     return memory
 
 
@@ -55,7 +55,7 @@ def test_segments_of_one_file_and_heads_of_different_size(tiny, full, lookup):
     memory = copy.deepcopy(whole)
     memory.segment_offset = [0, 60, n]
     memory.layers = [part(whole, 0, 60).layers[0], part(whole, 60, n).layers[0]]
-    # the same keys, split unevenly: head 0 of layer 1 holds all in the first segment, none in the second
+    # in layer 1, all keys of head 0 go to the first segment, so that the second has none
     first, second = (layers[1].anchor for layers in memory.layers)
     for name in ("key", "value", "bias"):
         a, b = getattr(first, name), getattr(second, name)
@@ -70,7 +70,7 @@ def test_segments_of_one_file_and_heads_of_different_size(tiny, full, lookup):
 def test_as_many_segments_as_a_file_may_have(tiny, full):
     memory = tiny.exact()
     for layer in memory.layers[0].values():
-        layer.anchor.bias = layer.anchor.bias - np.log(MAX_SEGMENTS, dtype=np.float32)  # together they weigh as much as one
+        layer.anchor.bias = layer.anchor.bias - np.log(MAX_SEGMENTS, dtype=np.float32)  # all copies together weigh as much as one
     memory.layers *= MAX_SEGMENTS
     memory.segment_offset = [0] * MAX_SEGMENTS + [len(memory.prefix_tokens)]
     path = tiny.save(memory, "many")
@@ -83,7 +83,7 @@ def test_gain(tiny, exact):
     for lookup in ("stock", "scan"):
         run = Scorer(tiny.path, lookup=lookup)
         run.llama.attach(exact, gain=-np.inf)
-        assert kl(none, run.log_probs(tiny.live)).mean() < 1e-5  # −inf switches a memory off
+        assert kl(none, run.log_probs(tiny.live)).mean() < 1e-5  # −inf turns a memory off
         run.llama.attach(exact, gain=-1.0)
         weak = run.log_probs(tiny.live)
         run.llama.attach(exact, gain=0.0)
@@ -129,7 +129,7 @@ def test_chat_never_feeds_the_prefix_twice(tiny):
     llama = MemoryLlama(str(tiny.path), memory=chat_memory(tiny, "chat"), verbose=False)
     user = [{"role": "user", "content": "Hi"}]
     live = tiny.model.tokenizer.render([*SYSTEM, *user], True)[len(llama.memories[0].memory.prefix_tokens) :]
-    for messages in (user, [*SYSTEM, *user]):  # the system message may be repeated or not
+    for messages in (user, [*SYSTEM, *user]):  # without and with the system message
         llama.reset()
         llama.create_chat_completion(messages, max_tokens=1, temperature=0)
         assert llama.input_ids[: len(live)].tolist() == live
@@ -193,7 +193,7 @@ def test_options_that_cannot_take_a_memory(tiny, exact, options, match):
     assert llama.memories == ()
     if "embedding" not in options:
         plain = MemoryLlama(str(tiny.path), verbose=False, **options)
-        for context in (plain, llama):  # the context still works, and its outputs are where they were
+        for context in (plain, llama):  # after the refusal, the context works as one without a memory
             context.reset()
             context.eval(tiny.live)
         with pytest.raises(errors.Unsupported):
@@ -226,7 +226,7 @@ def test_a_rebuilt_file_replaces_the_old_memory(tiny):
     fingerprint = old.fingerprint
     new = llama.attach(path)
     assert new is not old and len(llama.memories) == 1
-    assert old.fingerprint == fingerprint != new.fingerprint  # of what was loaded, not of what the path names now
+    assert old.fingerprint == fingerprint != new.fingerprint  # the old one still describes the loaded content, not the new file
 
 
 def test_unknown_lookup(tiny):

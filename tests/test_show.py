@@ -39,11 +39,20 @@ def test_text_of_a_file_does_not_control_the_terminal(tiny):
 MEASURED = {"kl_mean": 0.1, "kl_none": 1.0, "top1": 0.9, "nll_full": 1.0, "nll_memory": 1.1, "nll_none": 2.0, "tokens": 10.0}
 
 
+def test_the_model_is_named_once(tiny):
+    memory = tiny.exact()
+    memory.build["model"] = "tiny.gguf"
+    shown = show(tiny.save(memory, "named"))
+    assert "tiny.gguf: llama, 3 layers" in shown.output and shown.output.count("model") == 1
+
+
 @pytest.mark.parametrize(
     "fidelity, says",
     [
         (MEASURED, "KL to the full prefix 0.1000"),
-        (MEASURED | {"kl_none": 0.0}, "poorly"),
+        (MEASURED | {"kl_mean": 0.31}, "answers still deviate 31% as much as with no prefix at all"),
+        (MEASURED | {"kl_none": 0.0}, "poor stand-in"),
+        ({}, "was not measured"),
         (MEASURED | {"kl_mean": 0.0, "kl_none": 0.0}, "KL to the full prefix 0.0000"),
     ],
 )

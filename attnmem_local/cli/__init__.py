@@ -13,13 +13,14 @@ from .show import show
 from .update import update
 
 
-@click.group(cls=Group)
+@click.group("attnmem", cls=Group)
 @click.version_option(package_name="attnmem-local")
 def main() -> None:
     """Attention-state memory for llama.cpp: a long prefix for the price of none.
 
     A MEMORY and a model are given by name or by file: "handbook" is a memory that `attnmem build` wrote, "default" is the
-    model that comes with attnmem. `attnmem list` shows the names.
+    model that comes with attnmem. `attnmem list` shows the names. The environment variable ATTNMEM_HOME moves the folder that
+    memories and models are kept in.
     """
 
 

@@ -24,9 +24,9 @@ def write(answer: "Answer") -> None:
 
 def say_if_cut(answer: "Answer", llama: "MemoryLlama") -> None:
     if answer.end == "length":
-        say("note: the answer was cut, it has as many tokens as --predict allows")
+        say("note: the answer was cut short, it reached the limit of --predict")
     elif answer.end == "full":
-        say(f"note: the answer was cut, the context of {llama.n_ctx()} tokens is full; a larger --ctx has more room")
+        say(f"note: the answer was cut short, the context of {llama.n_ctx()} tokens is full; a larger --ctx has more room")
 
 
 class CtrlC:

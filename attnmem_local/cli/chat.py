@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..library import MEMORY_SUFFIX
 from ..memory.errors import AttnmemError
 from ..prompt.texts import decode
 from .answer import CtrlC, say_if_cut, write
@@ -51,7 +52,8 @@ def chat(memory: Path | None, model: Path | None, more: tuple[Path, ...], temp: 
     conversation = Conversation(llama, temp)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
-        attached = (f"{a.memory.path.name} ({len(a.memory.prefix_tokens)} tokens)" for a in llama.memories)
+        names = (memory.name.removesuffix(MEMORY_SUFFIX) for memory in memories)
+        attached = (f"{name} ({len(a.memory.prefix_tokens)} tokens)" for name, a in zip(names, llama.memories))
         say(f"{model.name} with {', '.join(attached)}. {HINT}")
     has_failed = False
     for message in _typed() if on_terminal else _piped():
@@ -68,7 +70,7 @@ def chat(memory: Path | None, model: Path | None, more: tuple[Path, ...], temp: 
 
 
 def _take(conversation: "Conversation", message: str, on_terminal: bool) -> bool:
-    """Answer a message. An error costs this message only: returns whether there was none.
+    """Answer a message, and return whether that went well: an error costs this message only.
 
     Ctrl-C ends an answer on a terminal, and the program in a pipe.
     """
@@ -119,7 +121,7 @@ def _typed() -> Iterator[str]:
 
 @contextmanager
 def _keys_wait(output) -> Iterator[None]:
-    """What is typed or pasted while an answer is written waits for the next prompt, unseen; a paste stays one message."""
+    """Keys that are typed or pasted while an answer is written wait, unseen, for the next prompt; a paste stays one message."""
     import termios
 
     before = termios.tcgetattr(sys.stdin)

@@ -28,7 +28,7 @@ class Group(click.Group):
     """Shows a refusal as one line, and leaves the errors of the program as they are."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of a user's way, not of the alphabet
+        return list(self.commands)  # in the order of use, not of the alphabet
 
     def invoke(self, context: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -105,7 +105,7 @@ class _TextFile(click.Path):
 
 
 def _corrected(value: str, kind: str | None, context: click.Context | None) -> str | None:
-    """What to say of a model or a memory in the wrong place: the command with it in the right one, None if it has none."""
+    """The message for a model or a memory in the wrong place, with the command as it should be; None if it has no place there."""
     if context is None or "model" not in (param.name for param in context.command.params):
         return None
     usage = " ".join(context.command.collect_usage_pieces(context)[1:]).replace("[MEMORY]", "MEMORY")
@@ -124,7 +124,8 @@ class _Tools(click.ParamType):
         try:
             return parse_tools(read_text(value))
         except (OSError, BadInput) as error:
-            self.fail(f"'{value}': {explain(error)}", param, context)
+            text = explain(error)
+            self.fail(text if f"'{value}'" in text else f"'{value}': {text}", param, context)
 
 
 class Number(click.FloatRange):

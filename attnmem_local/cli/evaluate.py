@@ -47,7 +47,9 @@ def exact(prefix: Path, model: Path, tokens: int, live: int, as_json: bool, **op
 
     text = GgufTokenizer(model).encode(read_text(prefix), add_bos=True)
     if len(text) < tokens + live:
-        raise BadInput(f"'{prefix}' has {len(text)} tokens, {tokens} + {live} are needed; lower --tokens or --live")
+        raise BadInput(
+            f"'{prefix}' has {len(text)} tokens, but --tokens {tokens} and --live {live} need {tokens + live}; lower one of them"
+        )
     result = exactness(model, text[:tokens], text[tokens : tokens + live], progress=Progress(quiet=as_json), **options)
     _print(result, as_json)
 
@@ -57,7 +59,7 @@ def exact(prefix: Path, model: Path, tokens: int, live: int, as_json: bool, **op
 @click.argument("text", type=text_type)
 @model_option(None)
 @click.option("--window", type=positive, default=384, show_default=True, help="Tokens of TEXT that follow the prefix at a time.")
-@click.option("--windows", type=positive, default=4, show_default=True, help="Windows of TEXT to score at most.")
+@click.option("--windows", type=positive, default=4, show_default=True, help="Maximum number of windows of TEXT to score.")
 @threads_option
 @cache_option
 @json_option

@@ -23,7 +23,7 @@ from .common import (
 @click.argument("words", nargs=-1, metavar="[MEMORY] PROMPT")
 @model_option(None)
 @memories_option
-@click.option("-n", "--predict", type=positive, default=256, show_default=True, help="Tokens to generate at most.")
+@click.option("-n", "--predict", type=positive, default=256, show_default=True, help="Maximum number of tokens to generate.")
 @temp_option(0.0)
 @threads_option
 @ctx_option
@@ -41,16 +41,16 @@ def run(
     """Answer a prompt with a memory.
 
     With the memory of a chat, PROMPT is the user's message; with the memory of a text, the answer is how the text and PROMPT
-    go on. A PROMPT of "-" is read from standard input. An answer that was cut says so on standard error.
+    go on. A PROMPT of "-" is read from standard input. If the answer is cut short, a note on standard error says why.
 
     Memories may also be given by -M alone: attnmem run -M handbook -M prices "…"
     """
     memory, prompt = _memory_and_prompt(context, words, bool(more))
-    memories, model = memories_and_model(memory, more, model)
     if prompt == "-":
         prompt = decode(sys.stdin.buffer.read(), "standard input")
     else:
         prompt = decode(prompt.encode("utf-8", "surrogateescape"), "PROMPT")
+    memories, model = memories_and_model(memory, more, model)
 
     from ..conversation import answer, open_llama
 

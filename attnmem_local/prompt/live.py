@@ -102,15 +102,6 @@ def with_prefix_messages(messages: list[dict], prefix_messages: list[dict]) -> l
     )
 
 
-def drop_prefix(tokens: list[int], prefix_tokens: list[int]) -> list[int]:
-    """The tokens after the prefix. Raises PrefixMismatch if `tokens` does not begin with it."""
-    n = len(prefix_tokens)
-    if tokens[:n] != prefix_tokens:
-        n_same = next((i for i, (a, b) in enumerate(zip(tokens, prefix_tokens)) if a != b), min(len(tokens), n))
-        raise PrefixMismatch(f"the text does not begin with the memory's prefix: {n_same} of {n} tokens agree")
-    return tokens[n:]
-
-
 def _after(tokenizer, prefix: Prefix, text: str) -> list[int] | None:
     """Tokens of a text, which includes BOS, after the prefix; None if the text does not begin with the prefix."""
     if prefix.text and text.startswith(prefix.text):

@@ -29,6 +29,7 @@ _OF_MODEL = {  # options of llama_cpp.Llama that apply to the weights, not to a 
 }
 
 Source: TypeAlias = str | os.PathLike | Memory
+Sources: TypeAlias = Source | LoadedMemory | Iterable[Source | LoadedMemory] | None
 
 
 class MemoryLlama(llama_cpp.Llama):
@@ -42,7 +43,7 @@ class MemoryLlama(llama_cpp.Llama):
 
     All other parameters, completions, chat and streaming are as in llama_cpp.Llama. Live tokens begin at position 0, the prefix
     is neither prefilled nor attended, and all of n_ctx is left to live tokens.
-    As with llama_cpp.Llama, concurrent use by two threads crashes the process: give each thread its own object, or use a lock.
+    As with llama_cpp.Llama, concurrent use by two threads can crash the process: give each thread its own object, or use a lock.
     Pickling and copying load the model and the memories again from their files, and refuse memories that have changed.
     """
 
@@ -52,7 +53,7 @@ class MemoryLlama(llama_cpp.Llama):
         self,
         model_path: str,
         *,
-        memory: Source | Iterable[Source] | None = None,
+        memory: Sources = None,
         lookup: str = "auto",
         memory_mmap: bool = False,
         _sibling: "MemoryLlama | None" = None,  # see new_context
@@ -76,7 +77,7 @@ class MemoryLlama(llama_cpp.Llama):
             self.close()  # now, rather than when the traceback that refers to it is released
             raise
 
-    def new_context(self, *, memory: Source | Iterable[Source] | None = None, **options) -> "MemoryLlama":
+    def new_context(self, *, memory: Sources = None, **options) -> "MemoryLlama":
         """A MemoryLlama that shares the weights with this one, but has its own memories and live tokens.
 
         A file that both attach is loaded once. options: options of the context, such as n_ctx, n_threads or lookup; the default is
@@ -148,7 +149,7 @@ class MemoryLlama(llama_cpp.Llama):
         for i in range(0, max(len(tokens), 1), self.n_batch):
             batch = tokens[i : i + self.n_batch]
             if len(batch) > 0:
-                self._requires_eval = True  # reset by super() at its end: after an interrupt, the logits are of other tokens
+                self._requires_eval = True  # super() clears it at its end; after an interrupt the logits are stale
             super().eval(batch)
 
     def generate(self, tokens, *args, **options) -> Generator[int, Sequence[int] | None, None]:  # type: ignore[override]
@@ -269,11 +270,13 @@ class MemoryLlama(llama_cpp.Llama):
         super().close()
 
 
-def _several(memory: Source | Iterable[Source] | None) -> Iterable[Source]:
-    """The memories of a parameter that takes one, several or None."""
+def _several(memory: Sources) -> Iterable[Source | LoadedMemory]:
+    """The values of a parameter that takes one memory, several or None; attach refuses those that are not memories."""
     if memory is None:
         return ()
-    return (memory,) if isinstance(memory, (str, bytes, os.PathLike, Memory)) else memory
+    if isinstance(memory, (str, bytes, os.PathLike, Memory, LoadedMemory)):
+        return (memory,)
+    return memory if isinstance(memory, Iterable) else (memory,)
 
 
 class _Closed:

@@ -2,29 +2,35 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import transformers
 
+from attnmem_local.builder import budget, job
+from attnmem_local.builder.attention import ATTENTION_NAME
 from attnmem_local.builder.budget import TOKENS, curves, head_bytes, plan_for_bytes, uniform_plan
 from attnmem_local.builder.capture import PrefixKV, capture, prefill, spread
 from attnmem_local.builder.entries.target import Target
+from attnmem_local.builder.fidelity import held_out_fidelity
 from attnmem_local.builder.fit import fit_memory
 from attnmem_local.builder.job import Build, LiveText
-from attnmem_local.builder.model import BuildModel, fingerprint_norms, fingerprint_vocab, load_model
+from attnmem_local.builder.model import BuildModel, _spec, load_model
 from attnmem_local.builder.progress import Progress
 from attnmem_local.builder.search.index import searchable
-from attnmem_local.builder.search.lists import n_lists
-from attnmem_local.builder.sensitivity import sensitivity
+from attnmem_local.builder.sensitivity import is_cached, sensitivity
 from attnmem_local.builder.size import default_bytes
 from attnmem_local.builder.sources import WINDOW
 from attnmem_local.builder.sources.repeat_prefill import repeat_prefill
 from attnmem_local.builder.sources.self_study import STUDY_WINDOW, self_study
+from attnmem_local.engine.tokenizer import Tokenizer
 from attnmem_local.library import DEFAULT_MODEL
+from attnmem_local.memory.errors import BadInput
 from attnmem_local.memory.memory import Memory
 from attnmem_local.memory.prefix import Prefix
 
-__all__ = ["fingerprint_norms", "fingerprint_vocab", "n_lists", "searchable"]  # for random memories and models
+__all__ = ["is_cached", "searchable"]
 
 
 @lru_cache(maxsize=1)
@@ -44,10 +50,20 @@ def study_windows(prefix: Prefix, n_study: int) -> list[list[int]]:
     return repeat_prefill(prefix, WINDOW) + self_study(new_build(prefix, []), n_study, STUDY_WINDOW)
 
 
-def held_out_study(prefix: Prefix, model: BuildModel, n_study: int, seed: int) -> tuple[PrefixKV, list[list[int]]]:
-    """Keys and values of a prefix, and windows of self-study that its memory was not built from."""
-    build = new_build(prefix, [], model, seed)
-    return build.kv, self_study(build, n_study, STUDY_WINDOW)
+def study_fidelity(model: BuildModel, memory: Memory, n_study: int, seed: int) -> dict[str, float]:
+    """Fidelity in PyTorch on windows of self-study that the memory was not built from."""
+    build = new_build(memory.prefix, [], model, seed)
+    return held_out_fidelity(model, build.kv, memory, self_study(build, n_study, STUDY_WINDOW))
+
+
+def full_effort():
+    """A context in which a small prefix gets as much self-study and tuning as a long one."""
+    return patch.object(job, "LONG", 1)
+
+
+def without_tuning() -> None:
+    """Let builds of this process not tune their anchors: a quick trial is only about whether a command works."""
+    budget.TUNE_STEPS = 2
 
 
 def captured(prefix: Prefix, windows: list[list[int]]) -> tuple[PrefixKV, list[Target]]:
@@ -61,7 +77,7 @@ def uniform_memory(prefix: Prefix, windows, anchors: int = 0, entries: int = 0, 
 
     Entries are residuals over anchors, centroids without them.
     """
-    plan = uniform_plan(build_model().spec, anchors=anchors, eight_bit=eight_bit)
+    plan = uniform_plan(build_model().spec, anchors=anchors, eight_bit=eight_bit, tune_steps=budget.TUNE_STEPS)
     plan.entries[heads] = entries
     return fit_memory(new_build(prefix, windows), plan)
 
@@ -90,3 +106,47 @@ def default_anchors(spec, n_tokens: int, n_parameters: int) -> float:
 def gguf_order(key: torch.Tensor) -> np.ndarray:
     """Keys or queries in the order of the GGUF, float32."""
     return build_model().to_gguf_order(key).cpu().numpy()
+
+
+class RandomTokenizer(Tokenizer):
+    """Any text is 16 random tokens; any tokens are no text."""
+
+    bos = ""
+
+    def __init__(self, n_vocab: int):
+        self.n_vocab = n_vocab
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        return np.random.default_rng(len(text)).integers(300, self.n_vocab, 16).tolist()
+
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
+    def is_special(self, token: int) -> bool:
+        return False
+
+    @property
+    def template(self):
+        raise BadInput("a model of random weights has no chat template")
+
+
+def random_model(shape, device: str) -> BuildModel:
+    """A BuildModel of random weights with a shapes.Shape, whose tokenizer gives random text."""
+    config = transformers.LlamaConfig(
+        num_hidden_layers=shape.n_layer,
+        hidden_size=shape.n_embd,
+        intermediate_size=shape.n_ff,
+        num_attention_heads=shape.n_head,
+        num_key_value_heads=shape.n_head_kv,
+        head_dim=shape.d,
+        vocab_size=shape.n_vocab,
+        max_position_embeddings=262144,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    torch.manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.device(device):
+        module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+
+    spec = _spec(config, norms="random", vocab="random")
+    return BuildModel(module.to(device).eval().requires_grad_(False), RandomTokenizer(shape.n_vocab), spec, interleaved=True)

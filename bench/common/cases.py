@@ -14,7 +14,7 @@ from attnmem_local.engine.tokenizer import GgufTokenizer
 from attnmem_local.evaluate.dequantize import write_f32
 from attnmem_local.library import DEFAULT_MODEL
 from attnmem_local.memory.prefix import Prefix
-from attnmem_local.prompt.live import drop_prefix
+from attnmem_local.prompt.live import live_chat
 from attnmem_local.prompt.prefix import chat_prefix
 
 from .paths import BOOK, BUILD, SERVER_README, SYSTEM_MESSAGE
@@ -38,7 +38,7 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    prefix=256, segment=96, segments=4, held_out=(1,), stretch=32, stretches=2, system=256, questions=1, answer=16, study=4
+    prefix=128, segment=64, segments=4, held_out=(1,), stretch=32, stretches=2, system=256, questions=1, answer=16, study=4
 )
 
 
@@ -157,10 +157,7 @@ def chat(size: Size) -> Case:
         text = tokenizer.decode(tokenizer.encode(text, add_bos=False)[: size.system])
     prefix = chat_prefix(tokenizer, [{"role": "system", "content": text}])
     other = chat_prefix(tokenizer, [{"role": "system", "content": "?" + text[::-1]}]).tokens
-    questions = [
-        drop_prefix(tokenizer.render([*prefix.messages, {"role": "user", "content": question}], True), prefix.tokens)
-        for question in QUESTIONS[: size.questions]
-    ]
+    questions = [live_chat(tokenizer, prefix, [{"role": "user", "content": question}]) for question in QUESTIONS[: size.questions]]
     windows = [Window(q + a, len(q)) for q, a in zip(questions, _answers(prefix, questions, size.answer))]
     return Case("chat", prefix, windows, None, size, (_n_common(prefix.tokens, other), _n_common(prefix.tokens[::-1], other[::-1])))
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from attnmem_local.builder.model import fingerprint_norms, fingerprint_vocab
+from attnmem_local.builder.search.lists import n_lists
 from attnmem_local.memory.entries import Entries, LayerMemory, Lists
 from attnmem_local.memory.memory import Memory
 from attnmem_local.memory.spec import ModelSpec
 from attnmem_local.memory.tables import quantize_rows
-
-from .builder import default_anchors, fingerprint_norms, fingerprint_vocab, n_lists
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 MIN_ENTRIES = 2048  # as MEM_SEARCH_MIN_ENTRIES in native/src/llama-adapter-mem-graph.cpp
@@ -125,6 +125,8 @@ def lookup_memory(spec: ModelSpec, n: int) -> Memory:
 
 def default_memory(model: Path, n_tokens: int) -> Memory:
     """As large as the default build makes it for a prefix of n_tokens tokens, with heads as uneven as those of real ones."""
+    from .builder import default_anchors
+
     reader = gguf.GGUFReader(model)
     spec = model_spec(reader)
     weight = np.random.default_rng(0).lognormal(sigma=1.3, size=(spec.block_count, spec.head_count_kv))

@@ -26,8 +26,7 @@ def main(run: Run, rows: Rows) -> None:
 
 def attention_bytes(shape, what: str, n: int, batch: int) -> int:
     """What one layer has to read for the prefix or the memory: all keys and values, or what a search reads."""
-    from ..common.builder import n_lists
-    from ..common.shapes import MIN_ENTRIES, n_probe
+    from ..common.shapes import MIN_ENTRIES, n_lists, n_probe
 
     row = 2 * shape.d
     if what == "prefix":

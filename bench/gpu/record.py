@@ -15,9 +15,9 @@ def main(folder: Path) -> None:
     """Copy what has been measured, in FOLDER, to bench/results/.  [default: build/gpu]"""
     stages = results(folder)
     if not stages:
-        raise click.ClickException(f"there is nothing in {folder}")
+        raise click.ClickException(f"{folder} has no results; run the stages of bench/gpu.sh first")
     if any(result["quick"] for result in stages.values()):
-        raise click.ClickException("these are no measurements, but of a quick trial")
-    runs = [{"command": f"python -m bench gpu {name}", "versions": record.versions(), **result} for name, result in stages.items()]
+        raise click.ClickException("these are results of a --quick trial, which measures nothing; run the stages without --quick")
+    runs = [{"command": f"python -m bench gpu {name}", **result} for name, result in stages.items()]
     claim = f"gpu.{runs[0]['hardware'].lower().replace(' ', '-')}"
     click.echo(record.save(RESULTS / f"{claim}.json", claim, runs))

@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 
 from ..common.paths import ROOT
+from ..common.record import versions
 
 TREE = ROOT / "build/gpu-tree"
 PROGRAMS = ("tests/native/mem-state.cpp", "bench/gpu/attention.cpp")
@@ -91,7 +92,7 @@ class Rows:
         self._write()
 
     def _write(self) -> None:
-        result = {**self.about, "date": date.today().isoformat(), "done": self.done, "rows": self.rows}
+        result = {**self.about, "date": date.today().isoformat(), "versions": versions(), "done": self.done, "rows": self.rows}
         self.path.write_text(json.dumps(result, indent=2) + "\n")
         if out := os.environ.get("OUT"):
             shutil.copy(self.path, out)

@@ -6,8 +6,7 @@ per token; in a chat the true text is what the full-prefix model answers. A shar
 cache. All run in llama.cpp on an F32 copy of the default model, with two exceptions: the quantized default is compared with
 itself, and presses of kvpress run in PyTorch, where their KL is to the full cache.
 
-An interrupted run resumes: finished cells are kept under build/bench/. --fresh measures the chosen ones again. Needed: pip
-install -e ".[build]"; presses make an environment of their own.
+An interrupted run resumes: finished cells are kept under build/bench/. --fresh measures the chosen ones again.
 """
 
 import json
@@ -26,7 +25,7 @@ from attnmem_local.library import DEFAULT_MODEL
 from attnmem_local.memory.memory import Memory
 
 from ..common import record
-from ..common.builder import build_model, half_precision_memory
+from ..common.builder import build_model, half_precision_memory, without_tuning
 from ..common.cases import CASES, FULL, QUICK, Case, f32_model, novel, readme
 from ..common.scoring import kv_bytes, score
 from ..peers import presses, runtime
@@ -108,6 +107,8 @@ SHARE = ShareType()
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @record.options
 def main(prefixes, shares, methods, fresh: bool, quick: bool, keep: bool) -> None:
+    if quick:
+        without_tuning()
     prefixes = prefixes or (("readme",) if quick else CASES)
     shares = shares or (SHARES[-1:] if quick else SHARES)
     methods = methods or (QUICK_METHODS if quick else (*FIXED, *METHODS))
@@ -121,7 +122,7 @@ def main(prefixes, shares, methods, fresh: bool, quick: bool, keep: bool) -> Non
             continue
         rows += measure(case, shares, methods, fresh)
     if not rows:
-        raise click.ClickException("there is nothing to measure")
+        raise click.ClickException("none of the prefixes can be measured; set ATTNMEM_DATA to the folder of the texts")
     key = ("prefix", "method", "target")
     record.finish("fidelity", rows, table(rows), key=key, quick=quick, keep=keep, peers=presses.versions())
 

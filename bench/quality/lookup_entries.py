@@ -16,7 +16,7 @@ from attnmem_local.evaluate.scorer import Scorer
 from attnmem_local.library import DEFAULT_MODEL
 
 from ..common import record
-from ..common.builder import most_sensitive, uniform_memory
+from ..common.builder import most_sensitive, uniform_memory, without_tuning
 from ..common.cases import FULL, QUICK, readme
 from ..common.scoring import memory_path, score_memory
 
@@ -27,16 +27,18 @@ ENTRIES, ROUNDS, N_DECODE = (0, 256, 1024, 4096), 24, 24
 @click.command(help=__doc__)
 @record.options
 def main(quick: bool, keep: bool) -> None:
+    if quick:
+        without_tuning()
     case = readme(QUICK if quick else FULL)
-    sizes, rounds = ((0, 64), 1) if quick else (ENTRIES, ROUNDS)
+    anchors, sizes, rounds = (4, (0, 64), 1) if quick else (ANCHORS, ENTRIES, ROUNDS)
     rows = []
     for where, heads in (
-        (f"{HEADS} heads", most_sensitive(case.prefix, case.build_windows, ANCHORS, HEADS)),
+        (f"{HEADS} heads", most_sensitive(case.prefix, case.build_windows, anchors, HEADS)),
         ("all heads", ...),
     ):
         paths, table = {}, []
         for n in sizes:
-            memory = uniform_memory(case.prefix, case.build_windows, ANCHORS, n, heads, eight_bit=True)
+            memory = uniform_memory(case.prefix, case.build_windows, anchors, n, heads, eight_bit=True)
             name = f"lookup-entries-{where.replace(' ', '-')}-{n}"
             table.append({"where": where, "entries": n, **score_memory(case, memory, name)})
             paths[n] = memory_path(name)
@@ -47,7 +49,7 @@ def main(quick: bool, keep: bool) -> None:
             row["ratio_q1"], row["ratio_q3"] = np.percentile(with_entries.mean(-1) / without.mean(-1), [25, 75]).tolist()
         rows += table
     key = ("where", "entries")
-    record.finish("lookup-entries", rows, key=key, quick=quick, keep=keep, anchors=ANCHORS, threads=os.cpu_count())
+    record.finish("lookup-entries", rows, key=key, quick=quick, keep=keep, anchors=anchors, threads=os.cpu_count())
 
 
 def decode_ms(paths: dict[int, Path], live: list[int], rounds: int) -> dict[int, np.ndarray]:

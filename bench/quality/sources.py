@@ -11,7 +11,7 @@ from attnmem_local.builder.build import build_memory
 from attnmem_local.builder.progress import Progress
 
 from ..common import record
-from ..common.builder import build_model
+from ..common.builder import build_model, without_tuning
 from ..common.cases import CASES, FULL, QUICK
 from ..common.scoring import score_memory
 
@@ -30,6 +30,8 @@ SOURCES = {  # sources, and windows of self-study
 @click.option("--source", "labels", multiple=True, type=click.Choice(list(SOURCES)), help="[default: all]")
 @record.options
 def main(names: tuple[str, ...], labels: tuple[str, ...], quick: bool, keep: bool) -> None:
+    if quick:
+        without_tuning()
     rows = []
     for name in names or ("readme",):
         case = CASES[name](QUICK if quick else FULL)

@@ -16,7 +16,7 @@ from attnmem_local.builder.update import update_memory
 from attnmem_local.memory.prefix import Prefix
 
 from ..common import record
-from ..common.builder import build_model
+from ..common.builder import build_model, without_tuning
 from ..common.cases import FULL, QUICK, readme
 from ..common.scoring import score_memory
 
@@ -26,6 +26,8 @@ PARTS, SHARE = 4, 1 / 8
 @click.command(help=__doc__)
 @record.options
 def main(quick: bool, keep: bool) -> None:
+    if quick:
+        without_tuning()
     case, model = readme(QUICK if quick else FULL), build_model()
     tokens = case.prefix.tokens
     offset = [i * len(tokens) // PARTS for i in range(PARTS + 1)]

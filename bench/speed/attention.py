@@ -65,7 +65,7 @@ def main(threads: int, quick: bool, keep: bool) -> None:
     context = {"n_threads": threads, "n_threads_batch": threads}
     rows = []
     for n in sizes:
-        path, _ = write_memory(known, n, range(build_model().spec.block_count))
+        path = write_memory(known, n, range(build_model().spec.block_count))
         memory, full = decode_us(text[:LIVE], {"memory": path, **context}, {"prefix": text[:n], **context})
         attention, op = memory["MEM_STATE"] + memory["FLASH_ATTN_EXT"], memory["ADD"]  # ADD: of the residual stream
         row = {"entries": n, "us_op": op, "us_state": memory["MEM_STATE"], "us_with_memory": attention}

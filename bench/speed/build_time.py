@@ -9,24 +9,21 @@ windows of self-study that were not built from.
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 import click
 
-from attnmem_local.builder import job
 from attnmem_local.builder.build import build_memory
-from attnmem_local.builder.fidelity import held_out_fidelity
 from attnmem_local.builder.model import BuildModel, load_model
 from attnmem_local.builder.progress import Progress
-from attnmem_local.builder.sensitivity import is_cached
-from attnmem_local.cli.demo import HANDBOOK_CHARACTERS
+from attnmem_local.demo import HANDBOOK_CHARACTERS
 from attnmem_local.library import DEFAULT_MODEL
 from attnmem_local.memory.prefix import Prefix
 from attnmem_local.prompt.prefix import chat_prefix
 
 from ..common import record
-from ..common.builder import held_out_study
+from ..common.builder import full_effort, is_cached, study_fidelity, without_tuning
 from ..common.paths import SERVER_README, SYSTEM_MESSAGE
 
 HANDBOOK = Path(__file__).with_name("handbook.md")
@@ -68,6 +65,8 @@ CASES = {"demo": demo, "handbook": handbook, "full effort": handbook, "policy": 
 @click.option("--seeds", default=1, show_default=True, help="Builds of each case.")
 @record.options
 def main(cases: tuple[str, ...], models: tuple[str, ...], seeds: int, quick: bool, keep: bool) -> None:
+    if quick:
+        without_tuning()
     chosen = {"trial": trial} if quick else {name: CASES[name] for name in cases or CASES}
     rows = [
         measure(name, prefix_of, path, seed)
@@ -84,16 +83,13 @@ def measure(case: str, prefix_of, path, seed: int) -> dict:
     with progress.stage("load model"):
         model = load_model(path)
     prefix, cached, loaded = prefix_of(model), is_cached(model), progress.seconds["load model"]
-    with patch.object(job, "LONG", 1 if case == "full effort" else job.LONG):
+    with full_effort() if case == "full effort" else nullcontext():
         memory = build_memory(model, prefix, seed=seed, progress=progress)
     progress.seconds["load model"] += loaded
     wall, cpu = time.monotonic() - start, time.process_time() - cpu
     real = sum(seconds for stage, seconds in progress.seconds.items() if stage not in ("load model", "estimate"))
 
-    fidelity = {}
-    if path == DEFAULT_MODEL:
-        kv, windows = held_out_study(prefix, model, WINDOWS, SEED)
-        fidelity = held_out_fidelity(model, kv, memory, windows)
+    fidelity = study_fidelity(model, memory, WINDOWS, SEED) if path == DEFAULT_MODEL else {}
     return {
         "case": case,
         "model": Path(path).name,

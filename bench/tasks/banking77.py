@@ -1,14 +1,13 @@
 """Task accuracy of memories and their peers: many-shot intent classification on banking77 (bench/tasks/cases.py has its rules).
 
-The answer of a system is the intent whose label, with the line end after it, has the highest log-probability after `Query:
-…\\nIntent:`, found by the same exact search for all. All systems may see the prefix and 500 other labelled training rows, the
-traces. A share is of the bytes of the prefix's F16 KV cache. All run the quantized default model in llama.cpp, except the
-peers of kvpress: those run its weights as float32 in PyTorch, and have a full prefix of their own.
+The answer of a system is the intent whose label, with the line end after it, is the most probable text after the query; the
+same exact search is used for all (bench/common/labels.py). All systems may see the prefix and 500 other labelled training
+rows, the traces. A share is of the bytes of the prefix's F16 KV cache. All run the quantized default model in llama.cpp,
+except the peers of kvpress: those run its weights as float32 in PyTorch, and are compared with a full prefix there.
 
 Prints accuracy per seed, the mean over all tests with its standard error, and the difference to the full prefix with the
 standard error of the paired difference. An interrupted run resumes: finished cells are kept under build/bench/. --fresh
-measures the chosen systems again. Needed: pip install -e ".[build]", and the folder banking77 (train.csv, test.csv) in
-ATTNMEM_DATA.
+measures the chosen systems again.
 """
 
 import json

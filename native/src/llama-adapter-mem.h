@@ -5,15 +5,17 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 struct llama_cparams;
 struct llama_adapter_cvec;
 struct llama_adapter_lora;
+struct mem_file;
 
 using llama_adapter_loras = std::unordered_map<llama_adapter_lora *, float>;
 
@@ -25,32 +27,51 @@ using llama_adapter_loras = std::unordered_map<llama_adapter_lora *, float>;
 // File format: docs/memory-format.md
 //
 
+// the kinds of entries, by ggml_mem_kind: ggml.h says how a kind gives a state
+struct llama_adapter_mem_kind {
+    ggml_mem_kind kind;
+    const char *  name;        // in the names of tensors
+    bool          has_lse;
+    bool          allow_empty; // the lse of an entry may be -INFINITY, the empty state
+    bool          is_searched; // the entries may have a search graph and lists
+};
+
+constexpr llama_adapter_mem_kind LLAMA_ADAPTER_MEM_KINDS[] = {
+    { GGML_MEM_CENTROID, "centroid", true,  true,  true  },
+    { GGML_MEM_TANGENT,  "tangent",  false, false, true  },
+    { GGML_MEM_RESIDUAL, "residual", true,  false, true  },
+    { GGML_MEM_TOKEN,    "token",    false, false, true  },
+    { GGML_MEM_ANCHOR,   "anchor",   false, false, false },
+};
+
 // the entries of one kind in one segment of one layer; the KV heads lie one after another
 struct llama_adapter_mem_entries {
     ggml_tensor * key   = nullptr; // [n_embd_head_k, n]
-    ggml_tensor * bias  = nullptr; // [n]
+    ggml_tensor * bias  = nullptr; // [n] f32
     ggml_tensor * value = nullptr; // [n_embd_head_v, n]
-    ggml_tensor * lse   = nullptr; // [n], centroids and residuals only
-    ggml_tensor * head  = nullptr; // [n_head_kv + 1, 2 or 3] first entry of each head, where a walk of its graph begins, first list
+    ggml_tensor * lse   = nullptr; // [n] f32, centroids and residuals only
+    ggml_tensor * head  = nullptr; // [n_head_kv + 1, 2 or 3] i32: first entry of each head, local entry where its walk begins, first list
 
     // optional HNSW graph, all ids are local to their head
-    ggml_tensor * link0 = nullptr; // [m0, n]     neighbours on level 0, -1 fills the rest
-    ggml_tensor * link  = nullptr; // [m, n_upper] neighbours on the levels above
-    ggml_tensor * upper = nullptr; // [n + 1]     entry i has the rows upper[i] .. upper[i + 1] - 1 of link, level 1 first
+    ggml_tensor * link0 = nullptr; // [m0, n] i32, neighbours on level 0, -1 fills the rest
+    ggml_tensor * link  = nullptr; // [m, n_upper] i32, neighbours on the levels above
+    ggml_tensor * upper = nullptr; // [n + 1] i32, entry i has the rows upper[i] .. upper[i + 1] - 1 of link, level 1 first
 
     // optional lists of neighbouring entries
     ggml_tensor * list_key  = nullptr; // [n_embd_head_k, n_list]
-    ggml_tensor * list_bias = nullptr; // [n_list]
-    ggml_tensor * list      = nullptr; // [n_list + 1] first entry of each list
+    ggml_tensor * list_bias = nullptr; // [n_list] f32
+    ggml_tensor * list      = nullptr; // [n_list + 1] i32, first entry of each list
 
-    std::vector<int32_t> offset;   // [n_head_kv + 1], head h owns the entries offset[h] .. offset[h + 1] - 1
+    std::vector<int32_t> offset; // [n_head_kv + 1], head h has the entries offset[h] .. offset[h + 1] - 1
+
+    bool is_indexed = false; // the file has a graph or lists, which hold for the rows in the file
 
     bool empty() const { return offset.empty(); }
 
     int64_t n(int64_t h) const { return empty() ? 0 : offset[h + 1] - offset[h]; }
     int64_t n_all()      const { return empty() ? 0 : offset.back(); }
 
-    // of the head with the most
+    // entries of the largest head
     int64_t n_max() const {
         int64_t res = 0;
         for (int64_t h = 0; h + 1 < (int64_t) offset.size(); h++) {
@@ -58,21 +79,36 @@ struct llama_adapter_mem_entries {
         }
         return res;
     }
+
+    uint64_t n_tensors() const;
 };
 
-struct llama_adapter_mem_segment {
-    llama_adapter_mem_entries centroid; // the entry with the largest key*q + bias gives its state (value, lse)
-    llama_adapter_mem_entries tangent;  // the same, and that largest score is the lse
-    llama_adapter_mem_entries residual; // the same, and (value, lse) is added to the state of the anchors
-    llama_adapter_mem_entries token;    // the token_top_k entries with the largest kq_scale*key*q + bias are attended
-    llama_adapter_mem_entries anchor;   // all are attended: logits kq_scale*key*q + bias
+constexpr ggml_tensor * llama_adapter_mem_entries::* LLAMA_ADAPTER_MEM_TENSORS[] = {
+    &llama_adapter_mem_entries::key,
+    &llama_adapter_mem_entries::bias,
+    &llama_adapter_mem_entries::value,
+    &llama_adapter_mem_entries::lse,
+    &llama_adapter_mem_entries::head,
+    &llama_adapter_mem_entries::link0,
+    &llama_adapter_mem_entries::link,
+    &llama_adapter_mem_entries::upper,
+    &llama_adapter_mem_entries::list_key,
+    &llama_adapter_mem_entries::list_bias,
+    &llama_adapter_mem_entries::list,
 };
+
+inline uint64_t llama_adapter_mem_entries::n_tensors() const {
+    return std::count_if(std::begin(LLAMA_ADAPTER_MEM_TENSORS), std::end(LLAMA_ADAPTER_MEM_TENSORS), [&](auto t) { return this->*t; });
+}
+
+// by ggml_mem_kind
+using llama_adapter_mem_segment = std::array<llama_adapter_mem_entries, std::size(LLAMA_ADAPTER_MEM_KINDS)>;
 
 struct llama_adapter_mem_layer {
     std::vector<llama_adapter_mem_segment> segments;
 
     bool is_host = true; // the tables are in memory that the CPU can read
-    bool has_op  = true; // the device of the layer has the op that looks them up
+    bool has_op  = true; // the device of the layer supports GGML_OP_MEM_STATE for them
 
     bool empty() const { return segments.empty(); }
 
@@ -101,17 +137,37 @@ struct llama_adapter_mem {
 
     std::unordered_map<std::string, std::string> gguf_kv;
 
-    // tables are used in place where the CPU computes the layer, and copied to the device of the layer elsewhere
-    std::vector<ggml_context_ptr>        ctxs;
-    std::vector<ggml_backend_buffer_ptr> bufs;
-
     mutable int n_attached = 0; // contexts that use it
 
     explicit llama_adapter_mem(llama_model * model) : model(model) {}
     ~llama_adapter_mem() = default;
 
-    // data must stay valid as long as the memory; throws std::runtime_error("<reason>: <explanation>")
-    void load(const void * data, size_t size);
+    // data is used in place and must stay valid as long as the memory
+    // throws std::runtime_error("<reason>: <explanation>")
+    void load(void * data, size_t size);
+
+    // see llama_adapter_mem_set_rows; throws std::runtime_error("<reason>: <explanation>")
+    void set_rows(const std::string & tensor_name, int64_t first, int64_t n, const void * data, size_t size);
+
+private:
+    // a tensor whose rows set_rows can overwrite
+    struct rows {
+        ggml_tensor * tensor;
+        int64_t n;
+        size_t  size;        // bytes of a row
+        bool    allow_empty; // a row may be -INFINITY
+        bool    is_indexed;
+    };
+    std::unordered_map<std::string, rows> rows_by_name;
+
+    // tables are used in place where the CPU computes the layer, and copied to the device of the layer elsewhere
+    std::vector<ggml_context_ptr>        ctxs;
+    std::vector<ggml_backend_buffer_ptr> bufs;
+
+    void load_segments(const mem_file & file, uint32_t n_segments);
+
+    void place(mem_file & file, void * data, size_t size);
+    void index_rows();
 };
 
 // the memories that are attached to a context
@@ -121,9 +177,8 @@ struct llama_adapter_mems {
         float gain; // added to the log-sum-exp
     };
 
-    std::vector<item>      items;
-    llama_mem_lookup       lookup = LLAMA_MEM_LOOKUP_AUTO;
-    std::vector<bool>      layers_reached; // layers whose attention was built with their memory
+    std::vector<item> items;
+    llama_mem_lookup  lookup = LLAMA_MEM_LOOKUP_AUTO;
 
     llama_adapter_mems() = default;
     ~llama_adapter_mems();
@@ -131,12 +186,16 @@ struct llama_adapter_mems {
     llama_adapter_mems(const llama_adapter_mems &) = delete;
     llama_adapter_mems & operator=(const llama_adapter_mems &) = delete;
 
-    // throws std::runtime_error if a gain is not a finite number or -INFINITY
+    // throws std::runtime_error if a gain is neither a finite number nor -INFINITY
     llama_adapter_mems(const llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup);
 
     bool has_layer(int il) const;
 
-    // what the memories add to a graph, at most: nodes, and leafs, which need room as well
+    // tables of a layer that are not empty
+    uint64_t n_tables(int il) const;
+
+    // nodes and leafs that the memories add to a graph, at most
+    // throws std::runtime_error if they are too many
     uint64_t get_n_nodes() const;
 
     bool same(llama_adapter_mem * const * adapters, const float * gains, size_t n_adapters, llama_mem_lookup lookup) const;
@@ -152,7 +211,7 @@ struct llama_adapter_mems {
 
     // the state of all memories of the layer, for flash attention to merge with [n_embd_head_v + 1, n_head, n_tokens]
     //   q [n_embd_head_k, n_tokens, n_head]
-    // nullptr where it has to be build_attn; throws std::runtime_error for what is not supported
+    // nullptr if the layer needs build_attn; throws std::runtime_error for what is not supported
     ggml_tensor * build_state(ggml_context * ctx, ggml_tensor * q, float kq_scale, ggml_tensor * k_rot, ggml_tensor * v_rot, int il);
 
     // attention over the live tokens and the memories of the layer
@@ -165,20 +224,30 @@ struct llama_adapter_mems {
     ggml_tensor * build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
                              ggml_tensor * kq_mask, float kq_scale, ggml_tensor * k_rot, ggml_tensor * v_rot, int il);
 
-    // the state by the op, for a q that is not rotated; no checks
+    // the state by GGML_OP_MEM_STATE, for a q that is not rotated: one op for each table, and at most one more to merge
     ggml_tensor * build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const;
 
 private:
-    // whether the layer takes the op, or stock ops
+    std::vector<bool> layers_reached; // layers whose attention was built with their memory
+
+    // whether the layer uses GGML_OP_MEM_STATE; stock ops otherwise
     bool has_op(int il) const;
 
-    // the same, for the graph; throws std::runtime_error for what is not supported
-    bool use_op(float kq_scale, int il);
+    // records that the attention of the layer is built with its memory
+    // throws std::runtime_error for what is not supported
+    void reach_layer(float kq_scale, int il);
 
-    ggml_tensor * build_attn_stock(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
-                                   ggml_tensor * kq_mask, float kq_scale, int il) const;
+    uint64_t get_n_nodes(int il) const;
+
+    ggml_tensor * build_state_rotated(ggml_context * ctx, ggml_tensor * q, float kq_scale, ggml_tensor * k_rot, ggml_tensor * v_rot, int il) const;
+
     ggml_tensor * build_attn_op   (ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
                                    ggml_tensor * kq_mask, float kq_scale, ggml_tensor * k_rot, int il) const;
+    ggml_tensor * build_attn_stock(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
+                                   ggml_tensor * kq_mask, float kq_scale, int il) const;
+
+    // live logits [n_kv, n_tokens, n_head of q], scaled and masked
+    static ggml_tensor * build_kq(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale);
 };
 
 using llama_adapter_mems_ptr = std::unique_ptr<llama_adapter_mems>;

@@ -1,10 +1,11 @@
-"""Compiles the CUDA files of llama.cpp that patches/ and native/ touch; needs no GPU. Driven by `./build.sh check-cuda`.
+"""Compiles the CUDA files of llama.cpp that patches/ and native/ touch; needs no GPU. `./build.sh check-cuda` runs it.
 
     python tests/cuda/compile.py TREE BUILD
 
-TREE: the patched llama.cpp. BUILD: where cmake has configured it, with CUDA and ninja.
-A .cu file is compiled itself, for a header the .cu files that include it, directly or not. Of the many template instances
-only INSTANCES: a small and a large one of each kernel. A touched file that nothing compiled includes is an error.
+TREE: the patched llama.cpp. BUILD: the folder that cmake has configured for it, with CUDA and ninja.
+A touched .cu file is compiled; so is every .cu file that includes a touched header, directly or not. Of the many template
+instances only INSTANCES are compiled, a small and a large one of each kernel. It is an error if nothing that is compiled
+includes a touched file.
 """
 
 import os
@@ -28,7 +29,7 @@ INSTANCES = (
 
 
 def touched() -> set[str]:
-    """Files below FOLDER, relative to it."""
+    """The touched files below FOLDER, relative to it."""
     patches = (ROOT / "patches").glob("*.patch")
     names = {name for patch in patches for name in re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(encoding="utf-8"), re.M)}
     names |= {path.relative_to(ROOT / "native").as_posix() for path in (ROOT / "native").rglob("*") if path.is_file()}
@@ -37,13 +38,13 @@ def touched() -> set[str]:
 
 def included(path: Path, headers: dict[str, Path]) -> set[Path]:
     """The headers of FOLDER that a file includes, directly or not; no two of them have the same name."""
-    found, todo = set(), [path]
+    res, todo = set(), [path]
     while todo:
         text = todo.pop().read_text(encoding="utf-8")
         new = {headers[Path(name).name] for name in re.findall(r'^\s*#include "([^"]+)"', text, re.M) if Path(name).name in headers}
-        todo += new - found
-        found |= new
-    return found
+        todo += new - res
+        res |= new
+    return res
 
 
 @click.command()
@@ -53,15 +54,15 @@ def main(tree: Path, build: Path) -> None:
     folder = tree / FOLDER
     changed = {folder / name for name in touched()}
     headers = {path.name: path for path in folder.rglob("*.*h")}
-    compiled, covered = [], {folder / "CMakeLists.txt"}  # which cmake has run
+    compiled, covered = [], {folder / "CMakeLists.txt"}  # cmake has run it
     for path in sorted(folder.rglob("*.cu")):
-        all_of = {path} | included(path, headers)
+        files = {path} | included(path, headers)
         chosen = path.parent == folder or path.name in INSTANCES or path in changed
-        if chosen and all_of & changed:
+        if chosen and files & changed:
             compiled.append(path.relative_to(folder).as_posix())
-            covered |= all_of
+            covered |= files
     if left := changed - covered:
-        raise click.ClickException(f"touched, but not covered by anything that is compiled: {', '.join(sorted(map(str, left)))}")
+        raise click.ClickException(f"touched, but nothing that is compiled includes it: {', '.join(sorted(map(str, left)))}")
     click.echo(f"{len(changed)} CUDA files are touched; compiling {len(compiled)}: {', '.join(compiled)}")
     if compiled:
         objects = [f"{FOLDER}/CMakeFiles/ggml-cuda.dir/{name}.o" for name in compiled]

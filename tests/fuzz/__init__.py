@@ -1,1 +1,1 @@
-"""Fuzzing of memory files: mutated files go through both readers, and what is accepted is attached and decoded with."""
+"""Fuzzing memory files: mutated files go through both readers; those that are accepted are attached and decoded with."""

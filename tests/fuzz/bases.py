@@ -1,4 +1,4 @@
-"""The whole memories that mutations start from."""
+"""The valid memories that mutations start from."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,15 +19,15 @@ FIDELITY = {name: 0.5 for name in ("kl_mean", "kl_none", "top1", "nll_full", "nl
 @dataclass
 class Base:
     name: str
-    weight: float  # how often it is taken
+    weight: float  # probability of being chosen
     content: bytes
-    model: Path  # that it fits
-    spec: ModelSpec
+    model: Path  # the model that it was built for
+    spec: ModelSpec  # properties of that model
     n_vocab: int = N_VOCAB
 
 
 def base_memories(small: Tiny, wide: Tiny) -> list[Base]:
-    """Base memories for a tiny model, and for one with heads wide enough for Q8_0."""
+    """Base memories for a small model, and for one with heads wide enough for Q8_0."""
     mixed = mixed_memory(small.model.spec, small.prefix, q8_0=False)
     quantized = mixed_memory(wide.model.spec, wide.prefix, q8_0=True)
     whole = [0, len(small.prefix.tokens)]
@@ -37,7 +37,7 @@ def base_memories(small: Tiny, wide: Tiny) -> list[Base]:
         return replace(memory, layers=[{1: memory.layers[0][1]}], segment_offset=whole, **chat)
 
     anchors = [{il: LayerMemory(anchor=layer.anchor) for il, layer in mixed.layers[0].items()}]
-    # enough tokens to be searched by default
+    # enough tokens that lookup "auto" searches them
     large = _layer(small.model.spec, {"token": (2100, 30), "anchor": (2, 2)}, np.random.default_rng(0), q8_0=False, times=1)
     return [
         _base("small", 0.4, one_layer(mixed), small),

@@ -1,4 +1,4 @@
-"""What one file goes through: both readers, and if they take it, states and tokens with every lookup."""
+"""The checks of one file: both readers, and if they accept it, its states, and logits with every lookup."""
 
 import hashlib
 import threading
@@ -21,14 +21,14 @@ from attnmem_local.runtime.loaded import LoadedMemory
 
 from .bases import Base
 
-MAX_SECONDS = 1.0  # of CPU time, for a reader
-MAX_BYTES = 100e6  # beside the file, for a reader
-TOLERANCE = 0.05  # of logits, whose spread is about 1
-TOKENS = [300, 417, 522, 333, 888, 611]  # four in a batch, then one by one
+MAX_SECONDS = 1.0  # CPU time of a reader
+MAX_BYTES = 100e6  # RAM of a reader, beyond the size of the file
+TOLERANCE = 0.05  # difference of logits, whose standard deviation is about 1
+TOKENS = [300, 417, 522, 333, 888, 611]  # decoded as a batch of four, then one by one
 
 
 class Checker:
-    """Models and contexts that files are tried with; kept from file to file."""
+    """The models and contexts that files are tried with, reused from file to file."""
 
     def __init__(self, bases: list[Base], folder: Path):
         torch.set_num_threads(1)
@@ -42,7 +42,7 @@ class Checker:
         self.decoded: set[bytes] = set()
 
     def check(self, content: bytes, base: Base) -> tuple[dict[str, str], list[str]]:
-        """How each reader decides, and what is wrong with that or with what it leads to."""
+        """The outcome of each stage by name, and all failures."""
         self.path.write_bytes(content)
         failures: list[str] = []
         llama = self.scorers[base.model, False].llama
@@ -50,15 +50,15 @@ class Checker:
         loaded, runtime = self._read("native", lambda: LoadedMemory(llama._model, self.path), failures)
         fits = memory is not None and _fits(memory, base)
         if fits != (loaded is not None):
-            what = "" if memory is None or fits else ", for another model"
-            failures.append(f"disagreement: python says {python}, native {runtime}{what}")
+            reason = "" if memory is None or fits else ", for another model"
+            failures.append(f"disagreement: python says {python}, native {runtime}{reason}")
         outcome = {"python": python.split(":")[0], "native": runtime.split(":")[0]}
         if memory is not None and loaded is not None:
             outcome["decode"] = self._use(memory, loaded, base, failures)
         return outcome, failures
 
     def _read(self, reader: str, read, failures: list[str]):
-        """What a reader returns, or None, and its decision."""
+        """The memory that a reader returns, or None, and its decision. Adds its failures."""
         before, start = _reset_peak(), time.process_time()
         result, decision = None, "accepted"
         try:
@@ -75,6 +75,7 @@ class Checker:
         return result, decision
 
     def _use(self, memory: Memory, loaded: LoadedMemory, base: Base, failures: list[str]) -> str:
+        """Compare both readers, the states and the logits of every lookup. Returns the outcome and adds failures."""
         if loaded.prefix_tokens != memory.prefix_tokens or loaded.metadata("attnmem.prefix.text") != memory.prefix_text:
             failures.append("the readers see different prefixes")
         if loaded.prefix_messages != memory.prefix_messages:
@@ -87,10 +88,10 @@ class Checker:
         logits = {}
         for flash in (False, True):
             scorer = self.scorers[base.model, flash]
-            at = LoadedMemory(scorer.llama._model, self.path) if flash else loaded
+            attached = LoadedMemory(scorer.llama._model, self.path) if flash else loaded
             for lookup in native.LOOKUPS:
-                # in a new thread, as buffers of a search are kept for each thread
-                thread = threading.Thread(target=lambda: logits.update({(flash, lookup): _logits(scorer, at, lookup)}))
+                # in a new thread, as each thread keeps its search buffers
+                thread = threading.Thread(target=lambda: logits.update({(flash, lookup): _logits(scorer, attached, lookup)}))
                 thread.start()
                 thread.join()
             scorer.llama.detach()
@@ -103,16 +104,17 @@ class Checker:
             elif not np.isfinite(x).all():
                 failures.append(f"{lookup}, flash attention {flash}: logits are not finite")
         if not failures:
-            x = logits[False, "stock"]
-            others = {at: float(np.abs(logits[at] - x).max()) for at in ((True, "stock"), (False, "scan"), (True, "scan"))}
-            if max(others.values()) > TOLERANCE:
-                if self._is_near_tie(memory, base, x):
+            reference = logits[False, "stock"]
+            paths = (True, "stock"), (False, "scan"), (True, "scan")
+            differences = {path: float(np.abs(logits[path] - reference).max()) for path in paths}
+            if max(differences.values()) > TOLERANCE:
+                if self._is_near_tie(memory, base, reference):
                     return "near tie"
-                failures.append(f"logits differ from those of stock without flash attention: {others}")
+                failures.append(f"logits differ from those of stock without flash attention: {differences}")
         return "decoded"
 
     def _check_states(self, memory: Memory, loaded: LoadedMemory, failures: list[str]) -> None:
-        """The op against the reference, where a slightly other memory would give nearly the same states."""
+        """Compare the op with the reference, except for states that a memory changed by rounding would not reproduce."""
         q = 2 * np.random.default_rng(3).standard_normal((4, memory.model.head_count, memory.model.key_length)).astype(np.float32)
         for layer in sorted(
             {il for layers in memory.layers for il, layer in layers.items() if any(len(e.key) for e in _entries(layer))}
@@ -129,7 +131,7 @@ class Checker:
                 )
 
     def _is_near_tie(self, memory: Memory, base: Base, logits: np.ndarray) -> bool:
-        """Whether memories that differ by rounding give other logits, too."""
+        """Whether memories that differ by rounding also give other logits."""
         scorer = self.scorers[base.model, False]
         path = self.path.with_name("jittered.mem.gguf")
         for seed in range(4):
@@ -143,7 +145,7 @@ class Checker:
 
 
 def _logits(scorer: Scorer, memory: LoadedMemory, lookup: str) -> np.ndarray | Exception:
-    """float32 [n_tokens, n_vocab] of a batch of tokens and then one by one."""
+    """Logits of TOKENS, float32 [n_tokens, n_vocab], or the exception that was raised."""
     llama = scorer.llama
     try:
         llama.detach()
@@ -151,10 +153,10 @@ def _logits(scorer: Scorer, memory: LoadedMemory, lookup: str) -> np.ndarray | E
         llama.attach(memory)
         llama._ctx.kv_cache_seq_rm(-1, 0, -1)
         rows = []
-        for at, part in ((0, TOKENS[:4]), (4, TOKENS[4:5]), (5, TOKENS[5:])):
-            llama._batch.set_batch(batch=part, n_past=at, logits_all=True)
+        for first, batch in ((0, TOKENS[:4]), (4, TOKENS[4:5]), (5, TOKENS[5:])):
+            llama._batch.set_batch(batch=batch, n_past=first, logits_all=True)
             llama._ctx.decode(llama._batch)
-            rows.append(np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(len(part), llama.n_vocab())).copy())
+            rows.append(np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(len(batch), llama.n_vocab())).copy())
         return np.concatenate(rows)
     except Exception as error:
         return error
@@ -167,7 +169,7 @@ def _load(path: Path) -> Memory:
 
 
 def _fits(memory: Memory, base: Base) -> bool:
-    """Whether it is for the model that it is loaded for; scale and RoPE are compared when it is attached."""
+    """Whether a memory belongs to the base's model. Scale and RoPE are ignored, as they are checked when it is attached."""
     other = replace(base.spec, **{name: getattr(memory.model, name) for name in ("scale", "rope_freq_base", "rope_freq_scale")})
     return memory.model == other and max(memory.prefix_tokens, default=0) < base.n_vocab
 
@@ -177,7 +179,7 @@ def _entries(layer):
 
 
 def _key(memory: Memory) -> bytes:
-    """Of all that the runtime computes with."""
+    """A hash of everything that the runtime computes with."""
     hash = hashlib.blake2b(repr((asdict(memory.model), memory.token_top_k)).encode(), digest_size=16)
     for name, array in tensors(memory):
         hash.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -186,7 +188,7 @@ def _key(memory: Memory) -> bytes:
 
 
 def _close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Per state, for states [..., d_v + 1]."""
+    """Whether each state is close, bool [...], for states [..., d_v + 1]."""
     with np.errstate(invalid="ignore"):  # both may be the empty state
         o = np.abs(a - b)[..., :-1].max(-1) <= 1e-3 * np.abs(b[..., :-1]).max(-1) + 1e-4
         lse = (a[..., -1] == b[..., -1]) | (np.abs(a - b)[..., -1] <= 1e-3 * np.abs(b[..., -1]) + 1e-3)
@@ -194,7 +196,7 @@ def _close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _jittered(memory: Memory, seed: int, size: float) -> Memory:
-    """The memory with scores that are off by a rounding error: size relative to their terms."""
+    """The memory with random errors added to its scores, as if by rounding; size: their size relative to the terms of a score."""
     rng = np.random.default_rng(seed)
 
     def entries(e):
@@ -210,7 +212,7 @@ def _jittered(memory: Memory, seed: int, size: float) -> Memory:
 
 
 def _reset_peak() -> int:
-    """Bytes of RAM of this process now; _peak counts from here. 0 where the system has no such counter."""
+    """Resident memory of this process in bytes, from which _peak counts on; 0 if the system has no such counter."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -219,6 +221,7 @@ def _reset_peak() -> int:
 
 
 def _peak() -> int:
+    """The largest resident memory since _reset_peak, in bytes; 0 if the system has no such counter."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

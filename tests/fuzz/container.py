@@ -1,4 +1,4 @@
-"""A GGUF file as parts that can each be wrong: what gguf.GGUFWriter never writes can be written here."""
+"""A GGUF file as parts that can each be wrong, to write files that gguf.GGUFWriter cannot write."""
 
 import math
 import struct
@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 _CODES = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q", I64: "q", F64: "d"}
 TENSOR_F32, TENSOR_F16, TENSOR_Q8_0, TENSOR_I32 = 0, 1, 8, 26
-_BLOCKS = {TENSOR_F32: (1, 4), TENSOR_F16: (1, 2), TENSOR_Q8_0: (32, 34), TENSOR_I32: (1, 4)}  # values, bytes
+_BLOCKS = {TENSOR_F32: (1, 4), TENSOR_F16: (1, 2), TENSOR_Q8_0: (32, 34), TENSOR_I32: (1, 4)}  # values and bytes of a block
 
 
 @dataclass
 class Value:
     type: int
-    payload: bytes  # all that follows the type in the file
+    payload: bytes  # the bytes after the type in the file
 
 
 @dataclass
 class Tensor:
     name: bytes
-    dims: list[int]  # in file order: the width of a row first
+    dims: list[int]  # in file order, which begins with the width of a row
     type: int
     data: bytes
-    offset: int | None = None  # None: after the tensor before it
+    offset: int | None = None  # None for the position after the previous tensor
 
     def sized(self) -> "Tensor":
-        """The tensor with its data cut, or filled up with zeros, to what its dimensions take."""
+        """The tensor with its data cut or padded with zeros to the size of its dimensions, 1 M values at most."""
         values, size = _BLOCKS.get(self.type, (1, 4))
         n = min(math.prod(max(d, 0) for d in self.dims), 1 << 20) // values * size
         return Tensor(self.name, self.dims, self.type, self.data[:n].ljust(n, b"\0"), self.offset)
@@ -36,8 +36,8 @@ class Container:
     keys: list[tuple[bytes, Value]]
     tensors: list[Tensor]
     version: int = 3
-    alignment: int = 64  # that the tensors are laid out by, whatever the key says
-    counts: dict[str, int] = field(default_factory=dict)  # lies about the number of "keys" and "tensors"
+    alignment: int = 64  # of the tensors as written; the key may say otherwise
+    counts: dict[str, int] = field(default_factory=dict)  # false numbers of "keys" and "tensors" to write
 
     def bytes(self) -> bytes:
         counts = {"tensors": len(self.tensors), "keys": len(self.keys)} | self.counts
@@ -55,7 +55,7 @@ class Container:
 
 
 def text(data: bytes, n: int | None = None) -> bytes:
-    """A string of the file; n: a lie about its length."""
+    """A string as in the file; n: a false length to write."""
     return struct.pack("<Q", len(data) if n is None else n) + data
 
 
@@ -72,36 +72,36 @@ def array(item_type: int, items: bytes, n: int) -> Value:
 
 
 def parse(content: bytes) -> Container:
-    """The parts of a file that the product wrote."""
-    at = 4
+    """The parts of a valid file."""
+    position = 4
 
     def take(code: str):
-        nonlocal at
-        (value,) = struct.unpack_from("<" + code, content, at)
-        at += struct.calcsize("<" + code)
+        nonlocal position
+        (value,) = struct.unpack_from("<" + code, content, position)
+        position += struct.calcsize("<" + code)
         return value
 
     def take_text() -> bytes:
-        nonlocal at
+        nonlocal position
         n = take("Q")
-        at += n
-        return content[at - n : at]
+        position += n
+        return content[position - n : position]
 
     def take_value() -> Value:
-        nonlocal at
-        kind, begin = take("I"), at
+        nonlocal position
+        kind, begin = take("I"), position
         if kind == STRING:
             take_text()
         elif kind == ARRAY:
             item, n = take("I"), take("Q")
-            at += n * struct.calcsize(_CODES[item])
+            position += n * struct.calcsize(_CODES[item])
         else:
             take(_CODES[kind])
-        return Value(kind, content[begin:at])
+        return Value(kind, content[begin:position])
 
     version, n_tensors, n_keys = take("I"), take("Q"), take("Q")
     keys = [(take_text(), take_value()) for _ in range(n_keys)]
     infos = [(take_text(), [take("Q") for _ in range(take("I"))], take("I"), take("Q")) for _ in range(n_tensors)]
-    at += -at % 64
-    tensors = [Tensor(name, dims, kind, content[at + offset :]).sized() for name, dims, kind, offset in infos]
+    position += -position % 64
+    tensors = [Tensor(name, dims, kind, content[position + offset :]).sized() for name, dims, kind, offset in infos]
     return Container(keys, tensors, version)

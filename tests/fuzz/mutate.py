@@ -1,4 +1,7 @@
-"""Mutations of a memory file that know its structure, and some that do not."""
+"""Random mutations of a memory file: most change its parts, some its bytes.
+
+A mutation changes the container and returns a description. The order of draws from rng is part of what a file number means.
+"""
 
 import copy
 import struct
@@ -45,7 +48,8 @@ _JSON = (
     b"NaN", b'"x"',
 )  # fmt: skip
 _KEYS = (
-    "general.type", "general.name", "general.alignment", "adapter.type", "attnmem.version", "attnmem.unknown", "attnmem.token.top_k",
+    "general.type", "general.name", "general.alignment", "adapter.type", "attnmem.version", "attnmem.unknown",
+    "attnmem.token.top_k",
     "attnmem.prefix.text", "attnmem.prefix.messages", "attnmem.prefix.tools", "attnmem.prefix.date", "attnmem.prefix.unknown",
     "attnmem.build.x", "attnmem.build.", "attnmem.build.[red]", "attnmem.fidelity.kl_mean", "attnmem.fidelity.kl_none",
     "attnmem.fidelity.unknown", "split.count", "tokenizer.ggml.tokens",
@@ -55,19 +59,19 @@ _KINDS = ("centroid", "tangent", "residual", "token", "anchor")
 
 
 def mutated(content: bytes, parsed: Container, rng: np.random.Generator) -> tuple[bytes, list[str]]:
-    """A mutated copy of a file, and what was done to it."""
+    """A mutated copy of a file, and a description of each mutation."""
     file = copy.deepcopy(parsed)
     done = []
     for _ in range(rng.choice([0, 1, 2, 3], p=[0.1, 0.6, 0.2, 0.1])):
         mutation = _pick(rng, _MUTATIONS)
         try:
             done.append(f"{mutation.__name__}: {mutation(rng, file)}")
-        except (ValueError, IndexError, OverflowError, struct.error) as error:  # of what an earlier mutation broke
+        except (ValueError, IndexError, OverflowError, struct.error) as error:  # caused by an earlier mutation
             done.append(f"{mutation.__name__}: {error}")
     data = file.bytes() if done else content
     if not done or rng.random() < 0.05:
-        data, what = _bytes(rng, data)
-        done.append(what)
+        data, description = _bytes(rng, data)
+        done.append(description)
     return data, done
 
 
@@ -87,14 +91,14 @@ def _integer(rng, near: int = 0) -> int:
 
 
 def _bad_text(rng, data: bytes) -> bytes:
-    at = _pick(rng, (0, len(data), int(rng.integers(len(data) + 1))))
+    i = _pick(rng, (0, len(data), int(rng.integers(len(data) + 1))))
     return _pick(
-        rng, (data[:at] + _pick(rng, _BAD_TEXT) + data[at:], data[:at], b"", data.upper(), b"x" * 10_000, _pick(rng, _BAD_TEXT))
+        rng, (data[:i] + _pick(rng, _BAD_TEXT) + data[i:], data[:i], b"", data.upper(), b"x" * 10_000, _pick(rng, _BAD_TEXT))
     )
 
 
 def _value(rng) -> Value:
-    """A value of any type."""
+    """A random value of any type, or of an unknown one."""
     kind = rng.integers(14)
     if kind == STRING:
         return string(_pick(rng, (b"x", *_BAD_TEXT, *_JSON)))
@@ -109,11 +113,11 @@ def _value(rng) -> Value:
             return scalar(kind, float(np.float32(_number(rng))))
     low, high = {
         U8: (0, 8), BOOL: (0, 8), I8: (7, 7), U16: (0, 16), I16: (15, 15), U32: (0, 32), I32: (31, 31), U64: (0, 63), I64: (63, 62),
-    }[kind]  # bits  # fmt: skip
+    }[kind]  # the value is at least -(2 ** low), or 0 if low is 0, and less than 2 ** high  # fmt: skip
     return scalar(kind, int(np.clip(_integer(rng), -(1 << low) if low else 0, (1 << high) - 1)))
 
 
-# of keys
+# mutations of keys
 
 
 def _key_index(rng, file: Container) -> int:
@@ -144,7 +148,7 @@ def key_type(rng, file):
 
 
 def key_value(rng, file):
-    """Another value of the same type."""
+    """Change a value, but in most cases keep its type."""
     i = _key_index(rng, file)
     key, value = file.keys[i]
     old = value.payload
@@ -207,7 +211,7 @@ def header(rng, file):
     return file.counts
 
 
-# of tensors
+# mutations of tensors
 
 
 def _tensor(rng, file: Container) -> Tensor:
@@ -217,13 +221,13 @@ def _tensor(rng, file: Container) -> Tensor:
 
 
 def _family(rng, file: Container) -> list[Tensor]:
-    """One tensor, or all of a part, of a kind, or of one kind in one layer."""
+    """One tensor in most cases, else the same part of all tables, or all parts of one table."""
     t = _tensor(rng, file)
     *_, part = fields = t.name.split(b".")
-    which = rng.integers(8)
-    if which == 0:
+    choice = rng.integers(8)
+    if choice == 0:
         return [u for u in file.tensors if u.name.endswith(b"." + part)]
-    if which == 1:
+    if choice == 1:
         return [u for u in file.tensors if u.name.split(b".")[:-1] == fields[:-1]]
     return [t]
 
@@ -266,22 +270,22 @@ def tensor_name(rng, file):
 
 def tensor_dims(rng, file):
     family = _family(rng, file)
-    at, change, new = rng.integers(4), rng.integers(6), _pick(rng, (0, 0, 1, 2, 3, -1, 32, 1 << 31, 1 << 62, (1 << 64) - 1))
+    axis, change, new = rng.integers(4), rng.integers(6), _pick(rng, (0, 0, 1, 2, 3, -1, 32, 1 << 31, 1 << 62, (1 << 64) - 1))
     keep_data = rng.random() < 0.3
     for i, t in enumerate(file.tensors):
         if not any(t is u for u in family):
             continue
         dims = list(t.dims)
         if change == 0:
-            dims += [_pick(rng, (1, 1, 1, 0, 2))] * (1 + at % 3)
+            dims += [_pick(rng, (1, 1, 1, 0, 2))] * (1 + axis % 3)
         elif change == 1:
             dims = dims[::-1]
         elif change == 2:
             dims = dims[:-1]
         elif change == 3 and dims:
-            dims[at % len(dims)] += int(_pick(rng, (-1, 1)))
+            dims[axis % len(dims)] += int(_pick(rng, (-1, 1)))
         elif dims:
-            dims[at % len(dims)] = new
+            dims[axis % len(dims)] = new
         file.tensors[i] = t = Tensor(t.name, dims, t.type, t.data, t.offset)
         file.tensors[i] = t if keep_data else t.sized()
     return [t.name for t in family[:3]], change, new
@@ -316,7 +320,7 @@ def tensor_order(rng, file):
 
 
 def tensor_numbers(rng, file):
-    """Some numbers, or all."""
+    """Change a few numbers of a tensor, or all."""
     family = _family(rng, file)
     how = rng.integers(8)
     for t in family:
@@ -335,13 +339,13 @@ def tensor_numbers(rng, file):
         if t.type not in _DTYPES:
             continue
         x = np.frombuffer(t.data[: len(t.data) // 4 * 4], _DTYPES[t.type]).copy()
-        at = rng.integers(len(x), size=_pick(rng, (1, 1, 2, 9)))
+        places = rng.integers(len(x), size=_pick(rng, (1, 1, 2, 9)))
         with np.errstate(all="ignore"):
             if t.type == TENSOR_I32:
                 if how < 4:
-                    x[at] = np.array([_integer(rng, int(x[i])) for i in at], np.int64).astype(np.int32)
+                    x[places] = np.array([_integer(rng, int(x[i])) for i in places], np.int64).astype(np.int32)
                 elif how == 4:
-                    x[at] = x[rng.permutation(at)]
+                    x[places] = x[rng.permutation(places)]
                 elif how == 5:
                     x[:] = _pick(rng, (0, -1, 1))
                 elif how == 6:
@@ -349,7 +353,7 @@ def tensor_numbers(rng, file):
                 else:
                     x = rng.permutation(x)
             elif how < 4:
-                x[at] = np.array([_number(rng) for _ in at]).astype(x.dtype)
+                x[places] = np.array([_number(rng) for _ in places]).astype(x.dtype)
             elif how == 4:
                 x[:] = x.dtype.type(_number(rng))
             elif how == 5:
@@ -363,7 +367,7 @@ def tensor_numbers(rng, file):
 
 
 def graph_width(rng, file):
-    """A graph with more or fewer neighbours, also none; those that were there come first."""
+    """Change the number of neighbours per row of a graph, also to 0; old neighbours stay in front."""
     links = [t for t in file.tensors if t.name.endswith((b".link0", b".link")) and len(t.dims) == 2]
     if not links:
         return "none"
@@ -378,30 +382,31 @@ def graph_width(rng, file):
     return prefix, widths
 
 
-# of bytes
+# mutations of bytes
 
 
 def _bytes(rng, content: bytes) -> tuple[bytes, str]:
     data = bytearray(content)
     end = min(len(data), _pick(rng, (24, 2000, 20_000, len(data))))
     how = rng.integers(6)
-    at = int(rng.integers(end + 1))
+    position = int(rng.integers(end + 1))
     if how < 2:
         for i in rng.integers(end, size=_pick(rng, (1, 1, 2, 8))):
             data[i] ^= int(rng.integers(1, 256))
     elif how == 2:
-        del data[at:]
+        del data[position:]
     elif how == 3:
-        data[at:at] = rng.bytes(_pick(rng, (1, 4, 8, 64)))
+        data[position:position] = rng.bytes(_pick(rng, (1, 4, 8, 64)))
     elif how == 4:
-        del data[at : at + _pick(rng, (1, 4, 8, 64))]
+        del data[position : position + _pick(rng, (1, 4, 8, 64))]
     else:
-        struct.pack_into("<Q", data, min(at, len(data) - 8), _pick(rng, _COUNTS))
-    return bytes(data), f"bytes {how} at {at}"
+        struct.pack_into("<Q", data, min(position, len(data) - 8), _pick(rng, _COUNTS))
+    return bytes(data), f"bytes {how} at {position}"
 
 
 _MUTATIONS = (
-    key_missing, key_twice, key_name, key_type, key_type, key_value, key_value, key_value, key_value, key_added, key_added, key_order,
+    key_missing, key_twice, key_name, key_type, key_type, key_value, key_value, key_value, key_value, key_added, key_added,
+    key_order,
     alignment, header, tensor_missing, tensor_twice, tensor_name, tensor_name, tensor_dims, tensor_dims, tensor_dims, tensor_type,
     tensor_offset, tensor_order, tensor_numbers, tensor_numbers, tensor_numbers, tensor_numbers, graph_width,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tiny random models with a prefix, and memories of it."""
+"""Tiny random models, each with a prefix and memories of it."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .tiny import write_tiny
 
 
 class Tiny:
-    """A tiny random model with the keys and values of a random prefix."""
+    """A tiny random model, a random prefix of 240 tokens with its keys and values, and 120 live tokens."""
 
     def __init__(self, folder: Path, architecture: str = "llama", head_dim: int = 16):
         self.folder = folder
@@ -46,7 +46,7 @@ class Tiny:
 
 
 def save_exact(tiny, name: str, bias: float = 0.0) -> Path:
-    """An exact memory, whose keys weigh more or less than those of the prefix."""
+    """Save an exact memory with a bias added to all keys, which makes them weigh more or less than in the prefix."""
     memory = tiny.exact()
     for layer in memory.layers[0].values():
         layer.anchor.bias = layer.anchor.bias + np.float32(bias)

@@ -1,4 +1,4 @@
-"""Files that tests read."""
+"""Paths of files that tests read."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tiny random models as GGUF files, with the tokenizer of the default model cut to its first tokens."""
+"""Tiny random models as GGUF files, with the first tokens of the default model's tokenizer."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -23,9 +23,10 @@ def write_tiny(
     add_bos: bool = False,
     spm: bool = False,
 ) -> Path:
-    """Models with the same seed differ in their norm tensors alone when norm_seed differs.
+    """Write a tiny model.
 
-    template: another chat template; memories do not belong to one. spm: a vocabulary of SentencePiece that is made up.
+    seed: of all weights but the norm tensors, which depend on norm_seed; models that differ in norm_seed alone pass as fine-tunes.
+    template: a chat template in place of the default model's. spm: use an invented SentencePiece vocabulary.
     """
     rng = np.random.default_rng(seed)
     norm_rng = np.random.default_rng([norm_seed, 1])
@@ -106,25 +107,10 @@ def _reader(path: Path) -> gguf.GGUFReader:
 
 
 def add_spm(writer: gguf.GGUFWriter) -> None:
-    """Bytes, letters, and a few longer pieces; a space before a text is added, as Llama 2 has it."""
+    """A SentencePiece vocabulary of bytes, letters and a few longer pieces, which adds a space before texts, as Llama 2 does."""
     letters = [chr(c) for c in range(33, 127)]
-    pieces = [
-        "▁",
-        *letters,
-        *("▁" + c for c in letters),
-        "▁▁",
-        "te",
-        "tea",
-        "▁te",
-        "▁tea",
-        "Gr",
-        "Gre",
-        "Gree",
-        "▁Gree",
-        "▁Green",
-        "en",
-        "een",
-    ]
+    longer = ["▁▁", "te", "tea", "▁te", "▁tea", "Gr", "Gre", "Gree", "▁Gree", "▁Green", "en", "een"]
+    pieces = ["▁", *letters, *("▁" + c for c in letters), *longer]
     special = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL), ("</s>", gguf.TokenType.CONTROL)]
     tokens = [*special, *((f"<0x{i:02X}>", gguf.TokenType.BYTE) for i in range(256)), *((p, gguf.TokenType.NORMAL) for p in pieces)]
     tokens += [(f"<unused{i}>", gguf.TokenType.UNUSED) for i in range(N_VOCAB - len(tokens))]

@@ -1,10 +1,11 @@
 // GGML_OP_MEM_STATE and flash attention with a state, against the same sums in double precision
 //
-//   mem-state cpu|gpu [EVERY]    EVERY: one of so many cases only
+//   mem-state cpu|gpu [EVERY]    EVERY: runs only every n-th case
 //
-// With EMULATED defined `gpu` is the CUDA op, its kernels running on the CPU: see cuda-emulation/common.cuh.
-// Prints one line for each group of cases and returns 1 if one of them fails, or has no case that the device supports; 77 if
-// there is no such device. Outputs hold NaN before the ops write them. Driven by tests/test_ops.py
+// With EMULATED defined `gpu` is the CUDA op, whose kernels then run on the CPU: see cuda-emulation/common.cuh.
+// With KERNELS defined `cpu` is the op compiled here, for the instruction sets that the compiler was told, in one thread.
+// Prints one line for each group of cases. Returns 1 if a group fails or has no case that the device supports, 77 if the device
+// is missing. Outputs hold NaN before the ops write them. tests/test_ops.py runs it.
 
 #include "ggml.h"
 #include "ggml-alloc.h"
@@ -13,6 +14,8 @@
 
 #if defined(EMULATED)
 #include "../../native/ggml/src/ggml-cuda/mem-state.cu"
+#elif defined(KERNELS)
+#include "../../native/ggml/src/ggml-cpu/mem-state.cpp"
 #endif
 
 #include <algorithm>
@@ -43,7 +46,7 @@ struct test_graph {
         ggml_free(ctx);
     }
 
-    // to be called before tensors are filled; false if the device does not support an op that res needs
+    // call it before tensors are filled; returns false if the device does not support an op that res needs
     bool alloc(ggml_tensor * res) {
         ggml_build_forward_expand(gf, res);
         for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
@@ -72,6 +75,18 @@ struct test_graph {
                 ggml_cuda_op_mem_state(emulated, ggml_graph_node(gf, i));
             }
         }
+#elif defined(KERNELS)
+        ggml_threadpool_params threadpool_params = ggml_threadpool_params_default(1);
+        ggml_threadpool * threadpool = ggml_threadpool_new(&threadpool_params);
+        for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+            ggml_tensor * node = ggml_graph_node(gf, i);
+            if (node->op == GGML_OP_MEM_STATE) {
+                std::vector<char> work(ggml_mem_state_work_size(node, 1));
+                const ggml_compute_params params = { 0, 1, work.size(), work.data(), threadpool, false };
+                ggml_compute_forward_mem_state(&params, node);
+            }
+        }
+        ggml_threadpool_free(threadpool);
 #else
         GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
 #endif
@@ -80,6 +95,8 @@ struct test_graph {
     static bool supports(const ggml_tensor * op) {
 #if defined(EMULATED)
         return op->op == GGML_OP_MEM_STATE ? ggml_cuda_mem_state_supported(op) : op->op != GGML_OP_FLASH_ATTN_EXT;
+#elif defined(KERNELS)
+        return op->op != GGML_OP_FLASH_ATTN_EXT;
 #else
         return ggml_backend_supports_op(backend, op);
 #endif
@@ -91,7 +108,7 @@ static void set(ggml_tensor * t, const std::vector<T> & x, size_t first = 0) {
     ggml_backend_tensor_set(t, x.data(), first*sizeof(T), x.size()*sizeof(T));
 }
 
-// normal numbers, in the type of the tensor
+// fills a tensor with normally distributed numbers, in its type
 static void fill(ggml_tensor * t, float scale) {
     std::normal_distribution<float> normal(0.0f, scale);
     std::vector<float> x(ggml_nelements(t));
@@ -124,7 +141,7 @@ static std::vector<float> values(const ggml_tensor * t) {
     return x;
 }
 
-// a state [d_v + 1, n_head, n_tokens] of which every period-th one is that of no tokens, from first on
+// fills states [d_v + 1, n_head, n_tokens]; from first on, every period-th one is that of no tokens
 static void fill_state(ggml_tensor * t, float scale, int64_t first, int64_t period) {
     fill(t, scale);
     for (int64_t i = first; i < t->ne[1]*t->ne[2]; i += period) {
@@ -177,7 +194,7 @@ struct sums {
     }
 };
 
-// n is a multiple of 8; sums side by side are much faster than one
+// n is a multiple of 8; eight sums side by side are much faster than one
 static double dot(const float * a, const float * b, int64_t n) {
     double s[8] = {};
     for (int64_t i = 0; i < n; i += 8) {
@@ -200,18 +217,18 @@ struct shape {
     }
 };
 
-// cases that are reported together
+// cases reported in one line
 struct group {
     std::string name;
     double bound;
-    double near = 0; // share of the queries that may find another of two entries with nearly the same score
+    double near = 0; // share of the queries that may take the other of two entries with nearly the same score
     std::vector<double> errors = {};
     int n_seen  = 0;
     int n_cases = 0;
 
     explicit group(const std::string & name, double bound, double near = 0) : name(name), bound(bound), near(near) {}
 
-    // false if the case is left out, or the device does not support it
+    // returns false if the case is left out, or the device does not support it
     bool begin(test_graph & graph, ggml_tensor * res, const shape & p) {
         if (n_seen++ % every != 0) {
             return false;
@@ -233,7 +250,8 @@ struct group {
     }
 };
 
-// all queries, for tables of random size, some of them empty; n_probe: of lists of random size, 0 for a scan
+// checks all queries of one case; the tables have random sizes, and some are empty
+// n_probe: number of lists that are searched, 0 for a scan
 static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_kind kind, bool with_state, float gain, int n_probe = 0) {
     test_graph graph;
     ggml_context * ctx = graph.ctx;
@@ -368,7 +386,7 @@ static void mem_state_case(group & g, const shape & p, ggml_type type, ggml_mem_
     }
 }
 
-// two states, of which some are those of no tokens: one of them, or both
+// merges two states, of which one or both may be those of no tokens
 static void merge_case(group & g, const shape & p) {
     test_graph graph;
 
@@ -386,11 +404,11 @@ static void merge_case(group & g, const shape & p) {
 
     const auto x_a = values(a), x_b = values(b), got = values(res);
     for (int64_t i = 0; i < ggml_nrows(res); i++) {
-        const int64_t at = i*(p.d_v + 1);
+        const int64_t row = i*(p.d_v + 1);
         sums expected(p.d_v);
-        expected.add(x_a[at + p.d_v], &x_a[at]);
-        expected.add(x_b[at + p.d_v], &x_b[at]);
-        g.errors.push_back(expected.error(&got[at], true));
+        expected.add(x_a[row + p.d_v], &x_a[row]);
+        expected.add(x_b[row + p.d_v], &x_b[row]);
+        g.errors.push_back(expected.error(&got[row], true));
     }
 }
 
@@ -535,7 +553,7 @@ int main(int argc, char ** argv) {
             ok &= g.report();
         }
 
-#if !defined(EMULATED)
+#if !defined(EMULATED) && !defined(KERNELS)
         group g("flash attention " + type_name, 2e-2); // it rounds q, and on the CPU adds up F16 values in F16
         for (int d : { 64, 80, 96, 128, 256 }) {
             if (d % block != 0) {

@@ -1,7 +1,7 @@
-// What native/ggml/src/ggml-cuda/mem-state.cu needs of CUDA and of ggml-cuda's common.cuh, on the CPU
+// CUDA and ggml-cuda's common.cuh on the CPU, as far as native/ggml/src/ggml-cuda/mem-state.cu needs them
 //
-// Threads of a block are fibers that run until they wait for one another. Device memory is allocated full of NaN. So the
-// logic of a kernel is tested where there is no GPU: indices, sums, synchronisation, but neither speed nor memory order.
+// The threads of a block are fibers that run until they wait for one another. Device memory is allocated full of NaN. This tests
+// the logic of a kernel without a GPU: indices, sums, synchronisation; neither speed nor memory order.
 #pragma once
 
 #include "ggml.h"
@@ -64,7 +64,7 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct emu_fiber {
     ucontext_t        start;
-    jmp_buf           at;
+    jmp_buf           context;
     bool              begun = false;
     bool              done  = false;
     std::vector<char> stack = std::vector<char>(1 << 16);
@@ -77,7 +77,7 @@ static jmp_buf               emu_scheduler;
 static std::function<void()> emu_kernel;
 
 static void emu_yield() {
-    if (_setjmp(emu_current->at) == 0) {
+    if (_setjmp(emu_current->context) == 0) {
         _longjmp(emu_scheduler, 1);
     }
 }
@@ -88,7 +88,7 @@ static void emu_run() {
     _longjmp(emu_scheduler, 1);
 }
 
-// what a number of threads wait at, and words that they exchange there
+// a barrier of several threads, and the words that they exchange at it
 struct emu_barrier {
     int      n       = 0;
     int      arrived = 0;
@@ -137,7 +137,7 @@ static void emu_launch(const dim3 & grid, const dim3 & block, const std::functio
                 threadIdx = { t, 0, 0 };
                 if (_setjmp(emu_scheduler) == 0) {
                     if (emu_current->begun) {
-                        _longjmp(emu_current->at, 1);
+                        _longjmp(emu_current->context, 1);
                     }
                     emu_current->begun = true;
                     getcontext(&emu_current->start);
@@ -158,10 +158,10 @@ static void emu_launch(const dim3 & grid, const dim3 & block, const std::functio
 
 static void __syncthreads() { emu_block.wait(); }
 
-// what all lanes of the warp give
+// exchanges a word among all lanes of the warp
 static const uint32_t * emu_exchange(uint32_t mine) {
     emu_barrier & warp = emu_warps[threadIdx.x/WARP_SIZE];
-    warp.wait(); // the words of the exchange before have been read
+    warp.wait(); // until the words of the previous exchange have been read
     warp.word[threadIdx.x % WARP_SIZE] = mine;
     warp.wait();
     return warp.word;

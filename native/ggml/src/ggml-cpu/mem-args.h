@@ -1,4 +1,4 @@
-// What GGML_OP_MEM_STATE is given
+// The arguments of GGML_OP_MEM_STATE
 #pragma once
 
 #include "ggml.h"
@@ -12,28 +12,28 @@ struct mem_args {
     const ggml_tensor * key;    // [n_embd_k, n]
     const ggml_tensor * bias;   // [n]
     const ggml_tensor * value;  // [n_embd_v, n]
-    const ggml_tensor * lse;    // [n], centroids and residuals
+    const ggml_tensor * lse;    // [n], centroids and residuals only
 
     const int32_t * offset;     // [n_head_kv + 1]
-    const int32_t * entry;      // [n_head_kv], where the search of a head begins
+    const int32_t * entry;      // [n_head_kv], local entry where the walk of a head begins
 
-    const int32_t * link0;      // graph, or nullptr
+    const int32_t * link0;      // HNSW graph as in ggml_mem_table, or nullptr
     const int32_t * link;
     const int32_t * upper;
-    int64_t m0, m;
+    int64_t m0, m;              // links of an entry on level 0, and on a level above
 
-    const ggml_tensor * list_key; // [n_embd_k, n_list], or nullptr
-    const float       * list_bias;
-    const int32_t     * list;     // [n_list + 1], first entry of each list
+    const ggml_tensor * list_key;    // [n_embd_k, n_list], or nullptr
+    const float       * list_bias;   // [n_list]
+    const int32_t     * list;        // [n_list + 1], first entry of each list
     const int32_t     * list_offset; // [n_head_kv + 1], first list of each head
-    int64_t n_probe;
+    int64_t n_probe;                 // lists that are searched
 
     int64_t n_embd_k, n_embd_v, n_tokens, n_head, n_head_kv, n_gqa;
 
     float   scale;              // of the scores
     float   gain;
-    int64_t top_k;              // how many entries a query takes
-    int64_t min_entries;        // smaller tables are scanned
+    int64_t top_k;              // entries in the state of a query
+    int64_t min_entries;        // heads with fewer entries are scanned
 
     explicit mem_args(const ggml_tensor * dst) {
         q     = dst->src[0];
@@ -82,7 +82,7 @@ struct mem_args {
 
     int64_t n(int64_t h) const { return offset[h + 1] - offset[h]; }
 
-    // whether a head has a search that is faster than a scan
+    // whether a head is searched; otherwise it is scanned
     bool use_search(int64_t h) const { return (link0 || list) && n(h) > top_k && n(h) >= min_entries; }
 
     // the queries of a KV head are numbered head by head

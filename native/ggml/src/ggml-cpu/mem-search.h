@@ -2,64 +2,32 @@
 #pragma once
 
 #include "mem-args.h"
-#include "mem-rows.h"
+#include "mem-best.h"
+#include "mem-kernels.h"
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
 
-// number of candidates that a walk for the best of n entries keeps on level 0, for a recall@1 of 0.98 (bench/lookup.py)
+// candidates that a walk keeps on level 0 of a graph of n entries, for a recall@1 of 0.98 (bench/speed/search.py)
 static size_t mem_hnsw_ef(int64_t n) { return n <= 4096 ? 16 : n <= 16384 ? 24 : 48; }
 
-// for tokens: keys are harder to find than centroids, because queries are not distributed like them
+// for tokens: keys are harder to find than centroids, because queries have another distribution
 constexpr int64_t MEM_HNSW_EF_TOKEN = 64;
 
-// number of walks that take turns in a thread
+// searches that take turns in a thread
 constexpr int64_t MEM_HNSW_TURNS = 8;
 
-// a search scores rows of 8 bits by the query in 8 bits, too; so many more than it is asked for are then scored by the query itself
+// a search scores rows of 8 bits by the query in 8 bits; this many more entries than the result needs are then scored by the query itself
 constexpr int64_t MEM_SPARE = 1;
 
-// how many lists ahead rows are fetched
+// the rows of a list are fetched this many lists before they are scored
 constexpr size_t MEM_LISTS_AHEAD = 4;
 
 struct mem_span {
     const char * data;
     size_t       size;
-};
-
-struct mem_candidate {
-    float   score;
-    int32_t entry;    // of the head
-    bool    expanded; // HNSW: its links have been scored
-
-    mem_candidate(float score = -INFINITY, int32_t entry = 0) : score(score), entry(entry), expanded(false) {}
-};
-
-// the best candidates of a search, the best first
-struct mem_best : std::vector<mem_candidate> {
-    size_t limit;
-
-    // what a score has to be above to be among them
-    float bound() const { return size() < limit ? -INFINITY : back().score; }
-
-    // where it is among them, or -1
-    int64_t keep(float score, int32_t entry) {
-        if (!(score > bound())) {
-            return -1;
-        }
-        if (size() < limit) {
-            emplace_back();
-        }
-        size_t at = size() - 1;
-        while (at > 0 && (*this)[at - 1].score < score) {
-            (*this)[at] = (*this)[at - 1];
-            at--;
-        }
-        (*this)[at] = { score, entry };
-        return at;
-    }
 };
 
 // the search of one query
@@ -71,7 +39,8 @@ struct mem_search {
     const float   * bias;
     const int32_t * link0;          // of the head
 
-    mem_best             found;
+    mem_best             top;       // the result
+    int64_t              n_scored;  // entries and lists
     std::vector<int32_t> lists;     // to be searched
     std::vector<int32_t> next;      // HNSW: entries to be scored
     std::vector<float>   score;
@@ -96,90 +65,94 @@ struct mem_search {
         level  = 0;
         first  = 0;
         n_next = 0;
-        found.clear();
-        found.limit = a->top_k;
+        n_scored = 0;
+        top.clear();
+        top.limit = a->top_k;
         next .resize(std::max(a->m0, a->m));
         score.resize(std::max(score.size(), next.size()));
     }
 
-    // for rows of 8 bits
+    // to 8 bits, for rows of 8 bits
     void round_query() {
         q_rounded.resize(a->n_embd_k/QK8_0);
         quantize_row_q8_0(q, q_rounded.data(), q_rounded.size()*QK8_0);
     }
 
-    // visit(i, scale*row*q + bias) for n rows, row(i) in the table; rounded: rows of 8 bits by the query in 8 bits
+    // calls visit(i, scale*row*q + bias) for n rows, which are the rows row(i) of the table
+    // rounded: score rows of 8 bits by the query in 8 bits
     template <typename R, typename V>
     void score_rows(const ggml_tensor * table, const float * row_bias, int64_t n, bool rounded, R row, V visit) const {
         const float scale = a->scale;
         auto score_by = [&](auto dot) {
             mem_by_four(n, [&](auto nr, int64_t i) {
-                const char * at[nr];
+                const char * rows[nr];
                 float sum[nr];
                 for (int r = 0; r < nr; r++) {
-                    at[r] = (const char *) table->data + row(i + r)*table->nb[1];
+                    rows[r] = (const char *) table->data + row(i + r)*table->nb[1];
                 }
-                dot(nr, at, sum);
+                dot(nr, rows, sum);
                 for (int r = 0; r < nr; r++) {
                     visit(i + r, sum[r]*scale + row_bias[row(i + r)]);
                 }
             });
         };
         if (rounded && table->type == GGML_TYPE_Q8_0) {
-            score_by([&](auto nr, const char * const * at, float * sum) { mem_dot_q8_0<nr>(a->n_embd_k, at, q_rounded.data(), sum); });
+            score_by([&](auto nr, const char * const * rows, float * sum) { mem_kernels::dot_q8_0<nr>(a->n_embd_k, rows, q_rounded.data(), sum); });
         } else {
             mem_by_type(table, [&](auto type) {
-                score_by([&](auto nr, const char * const * at, float * sum) { mem_dot<decltype(type), nr, 1>(a->n_embd_k, at, q, sum); });
+                score_by([&](auto nr, const char * const * rows, float * sum) { mem_dot<decltype(type), nr, 1>(a->n_embd_k, rows, q, sum); });
             });
         }
     }
 
-    // the entries i0 .. i1 - 1 of the table, which are of the head; before(i) is called for each
+    // scores the rows i0 .. i1 - 1 of the table, which are entries of the head; calls before(i) for each
     template <typename F>
     void scan_rows(int64_t i0, int64_t i1, bool rounded, F before) {
         const int64_t first = i0 - a->offset[h];
-        float bound = found.bound();
+        n_scored += i1 - i0;
+        float bound = top.bound();
         score_rows(a->key, bias, i1 - i0, rounded, [&](int64_t i) { return i0 + i; }, [&](int64_t i, float x) {
             before(i);
             if (x > bound) {
-                found.keep(x, first + i);
-                bound = found.bound();
+                top.keep(x, first + i);
+                bound = top.bound();
             }
         });
     }
 
-    // all entries
+    // scores all entries
     void scan() {
         scan_rows(a->offset[h], a->offset[h + 1], false, [](int64_t) {});
     }
 
-    // what a search has found, by the query itself
+    // scores the result of a search by the query itself
     void rescore() {
-        if (found.empty()) {
-            found.emplace_back(); // the query has numbers that are not finite, or too large for 8 bits
+        if (top.empty()) {
+            top.emplace_back(); // the query has a number that is not finite, or too large for 8 bits
         }
-        if (a->key->type == GGML_TYPE_Q8_0) { // or it is by that already
-            score_rows(a->key, bias, found.size(), false,
-                [&](int64_t i) { return a->offset[h] + found[i].entry; },
-                [&](int64_t i, float x) { found[i].score = x >= -INFINITY ? x : -INFINITY; }); // no NaN, which cannot be sorted
-            std::sort(found.begin(), found.end(), [](const mem_candidate & x, const mem_candidate & y) { return x.score > y.score; });
+        if (a->key->type == GGML_TYPE_Q8_0) { // other rows were scored by the query itself
+            score_rows(a->key, bias, top.size(), false,
+                [&](int64_t i) { return a->offset[h] + top[i].entry; },
+                [&](int64_t i, float x) { top[i].score = x >= -INFINITY ? x : -INFINITY; }); // no NaN, which cannot be sorted
+            std::sort(top.begin(), top.end(), [](const mem_candidate & x, const mem_candidate & y) { return x.score > y.score; });
         }
-        for (size_t i = 0; i < std::min<size_t>(a->top_k, found.size()); i++) {
-            const int64_t at = a->offset[h] + found[i].entry; // is taken next
-            mem_prefetch((const char *) a->value->data + at*a->value->nb[1], a->value->nb[1]);
+        for (size_t i = 0; i < std::min<size_t>(a->top_k, top.size()); i++) {
+            const int64_t row = a->offset[h] + top[i].entry; // is read next
+            mem_prefetch((const char *) a->value->data + row*a->value->nb[1], a->value->nb[1]);
             if (a->lse) {
-                mem_prefetch((const float *) a->lse->data + at, sizeof(float));
+                mem_prefetch((const float *) a->lse->data + row, sizeof(float));
             }
         }
     }
 
     // the n_probe lists with the largest scores
     void find_lists() {
-        found.limit = a->top_k + MEM_SPARE;
+        top.limit = a->top_k + MEM_SPARE;
 
         const int64_t first = a->list_offset[h];
         const int64_t n     = a->list_offset[h + 1] - first;
         score.resize(std::max<size_t>(score.size(), n));
+        n_scored += n;
         score_rows(a->list_key, a->list_bias, n, true, [&](int64_t i) { return first + i; }, [&](int64_t i, float x) { score[i] = x; });
 
         const float bound = mem_bound_of_best(score.data(), n, a->n_probe);
@@ -201,7 +174,7 @@ struct mem_search {
         }
         for (int32_t l : lists) {
             for (mem_span m : { list_rows(l), list_bias(l) }) {
-                // so that the pages are known by the time that all of it is fetched
+                // so that the addresses are translated before all of it is fetched
                 mem_prefetch<MEM_CACHE_L2>(m.data, 1);
                 mem_prefetch<MEM_CACHE_L2>(m.data + m.size - 1, 1);
             }
@@ -216,7 +189,7 @@ struct mem_search {
         return { (const char *) (bias + a->list[l]), (a->list[l + 1] - a->list[l])*sizeof(float) };
     }
 
-    // the entries of a list; as they are scored, the rows of one to come are fetched at the same pace
+    // scores the entries of a list; meanwhile the rows of a later list are fetched at the same pace
     void scan_list(int32_t l, mem_span next) {
         const size_t step = 4*a->key->nb[1];
         scan_rows(a->list[l], a->list[l + 1], true, [&](int64_t i) {
@@ -234,7 +207,7 @@ struct mem_search {
     //
 
     void begin() {
-        found.limit = a->kind == GGML_MEM_TOKEN ? std::max(MEM_HNSW_EF_TOKEN, 2*a->top_k) : mem_hnsw_ef(a->n(h));
+        top.limit = a->kind == GGML_MEM_TOKEN ? std::max(MEM_HNSW_EF_TOKEN, 2*a->top_k) : mem_hnsw_ef(a->n(h));
         next[0] = a->entry[h];
         n_next  = 1;
         score_next();
@@ -247,27 +220,29 @@ struct mem_search {
     }
 
     void score_next() {
+        n_scored += n_next;
         score_rows(a->key, bias, n_next, true,
             [&](int64_t i) { return a->offset[h] + next[i]; }, [&](int64_t i, float x) { score[i] = x; });
     }
 
     int32_t n_levels(int32_t i) const { return a->upper[a->offset[h] + i + 1] - a->upper[a->offset[h] + i]; }
 
-    // to level 0
+    // begins on level 0
     void descend() {
         visited.assign(a->n(h)/64 + 1, 0);
         visit(best.entry);
-        found.assign(1, best);
+        top.assign(1, best);
     }
 
-    // whether this is the first time
+    // marks an entry as visited; returns whether it was not
     bool visit(int32_t i) {
         const uint64_t old = visited[i/64];
         visited[i/64] = old | uint64_t(1) << i%64;
         return !(old >> i%64 & 1);
     }
 
-    // the entries to be scored next, on level 0 the links of the best candidate that has not been expanded: false if there is none
+    // asks for the entries to be scored next: on level 0 the links of the best candidate that is not expanded
+    // returns false if all candidates are expanded
     bool ask() {
         n_next = 0;
         if (level > 0) {
@@ -276,43 +251,43 @@ struct mem_search {
                 next[n_next++] = link[j];
             }
         } else {
-            while (first < (int64_t) found.size() && found[first].expanded) {
+            while (first < (int64_t) top.size() && top[first].expanded) {
                 first++;
             }
-            if (first == (int64_t) found.size()) {
+            if (first == (int64_t) top.size()) {
                 return false;
             }
-            found[first].expanded = true;
-            const int32_t * link = link0 + found[first].entry*a->m0;
+            top[first].expanded = true;
+            const int32_t * link = link0 + top[first].entry*a->m0;
             for (int64_t j = 0; j < a->m0 && link[j] >= 0; j++) {
                 next[n_next] = link[j];
                 n_next += visit(link[j]);
             }
         }
         for (int64_t i = 0; i < n_next; i++) {
-            const int64_t at = a->offset[h] + next[i];
-            mem_prefetch((const char *) a->key->data + at*a->key->nb[1], a->key->nb[1]);
-            mem_prefetch(bias + at, sizeof(float));
+            const int64_t row = a->offset[h] + next[i];
+            mem_prefetch((const char *) a->key->data + row*a->key->nb[1], a->key->nb[1]);
+            mem_prefetch(bias + row, sizeof(float));
         }
         return true;
     }
 
-    // the entries that were asked for have arrived
+    // scores the entries that ask has asked for, which have arrived
     void answer() {
         score_next();
         if (level == 0) {
             for (int64_t i = 0; i < n_next; i++) {
-                const int64_t at = found.keep(score[i], next[i]);
-                if (at >= 0) {
-                    first = std::min(first, at);
+                const int64_t rank = top.keep(score[i], next[i]);
+                if (rank >= 0) {
+                    first = std::min(first, rank);
                     mem_prefetch(link0 + next[i]*a->m0, a->m0*sizeof(int32_t)); // it is likely to be expanded
                 }
             }
             return;
         }
-        const auto top = std::max_element(score.begin(), score.begin() + n_next);
-        if (n_next > 0 && *top > best.score) {
-            best = { *top, next[top - score.begin()] };
+        const auto max = std::max_element(score.begin(), score.begin() + n_next);
+        if (n_next > 0 && *max > best.score) {
+            best = { *max, next[max - score.begin()] };
         } else if (--level == 0) {
             descend();
         }
@@ -323,8 +298,9 @@ struct mem_search {
 struct mem_searches {
     std::vector<mem_search> search;
     std::vector<std::pair<mem_search *, int32_t>> todo; // lists to be scanned
+    int64_t n_scored = 0; // entries and lists, in all runs
 
-    // queries i0 .. i1 - 1 of heads that have a search
+    // searches for the queries i0 .. i1 - 1, as far as their heads have a search
     void run(const mem_args & a, int64_t i0, int64_t i1) {
         const int64_t n_q = a.n_gqa*a.n_tokens;
         auto each = [&](auto f) {
@@ -340,7 +316,7 @@ struct mem_searches {
             search[i - i0].set(a, i/n_q, a.query(i/n_q, i%n_q));
         }
 
-        // all of them step by step, so that the rows that one asks for arrive while others score theirs
+        // all of them in steps, so that the rows that one asks for arrive while others score theirs
         each([](mem_search & s) { s.round_query(); });
         if (a.list) {
             each([](mem_search & s) { s.find_lists(); });
@@ -355,10 +331,13 @@ struct mem_searches {
                 });
             }
         }
-        each([](mem_search & s) { s.rescore(); });
+        each([&](mem_search & s) {
+            s.rescore();
+            n_scored += s.n_scored;
+        });
     }
 
-    // the lists of all searches, one after another
+    // scans the lists of all searches, one after another
     template <typename F>
     void scan_lists(F each) {
         todo.clear();

@@ -1,7 +1,7 @@
 // The kernels of GGML_OP_MEM_STATE: attention over the anchors of a memory, exact scans, and the search of lists
 //
 // The queries of a KV head are numbered head by head: j is the token j % n_tokens of its query head j / n_tokens.
-// A row is read by 8 threads, 8 values each at a time.
+// 8 threads read a row, 8 values each at a time.
 #pragma once
 
 #include "common.cuh"
@@ -16,7 +16,7 @@
 struct mem_state_args {
     const char  * q;      // [d_k, n_tokens, n_head]
     const float * state;  // [d_v + 1, n_head, n_tokens] to merge with, or nullptr
-    float       * dst;    // the same
+    float       * dst;    // [d_v + 1, n_head, n_tokens]
 
     const char    * key;
     const float   * bias;
@@ -48,7 +48,7 @@ struct mem_state_args {
     }
 };
 
-// the best entry of a table, or -1
+// the best entry of a table; entry is -1 if there is none
 struct mem_best {
     float score;
     int   entry;
@@ -67,7 +67,7 @@ static __device__ __forceinline__ mem_best mem_warp_best(mem_best best) {
     return best;
 }
 
-// N values of a row from column c on, which is a multiple of N; N is 2 or 8
+// x = N values of a row from column c on; N is 2 or 8, c a multiple of N
 template <int N>
 static __device__ __forceinline__ void mem_load(const int type, const char * row, const int c, float * x) {
     if (type == GGML_TYPE_F16) {
@@ -94,7 +94,7 @@ static __device__ __forceinline__ void mem_load(const int type, const char * row
     }
 }
 
-// sum[jq] = row*q[jq] in all of the 8 lanes that read the row, q is [NQ][d]; all lanes of a warp have to take part
+// sum[jq] = row*q[jq], with q [NQ][d], in all of the 8 lanes that read the row; all lanes of a warp must take part
 template <int NQ>
 static __device__ __forceinline__ void mem_dot(const int type, const char * row, const float * q, const int d, float * sum) {
 #pragma unroll
@@ -121,12 +121,12 @@ static __device__ __forceinline__ void mem_dot(const int type, const char * row,
     }
 }
 
-// scores of n_rows rows from i0 on: s[jq*stride + i] = scale*row*q[jq] + bias; by all warps of a block
+// s[jq*stride + i] = scale*row*q[jq] + bias for n_rows rows from i0 on; all warps of a block take part
 template <int NQ>
 static __device__ void mem_score(
         const int type, const char * table, const size_t nb, const float * bias, const int i0, const int n_rows,
         const float * q, const int d, const float scale, float * s, const int stride) {
-    // rows beyond the last are read again, because of the sums over lanes
+    // lanes beyond the last row read it again, because all of them take part in the sums
     for (int i1 = 0; i1 < n_rows; i1 += blockDim.x/MEM_ROW_LANES) {
         const int i = min(i1 + int(threadIdx.x)/MEM_ROW_LANES, n_rows - 1);
 
@@ -150,7 +150,8 @@ static __device__ void mem_load_queries(const mem_state_args & a, const int h, c
     __syncthreads();
 }
 
-// terms with the sum `sum` and the weighted values o, relative to max, merged with the state that came in; o(c) is column c
+// writes the state of terms, merged with the state that came in
+// sum and o are the sums of the terms and of their weighted values, relative to max; o(c) is column c
 template <typename F>
 static __device__ void mem_finish(const mem_state_args & a, const int h, const int j, float max, const float sum, F o) {
     const float * in  = a.state ? a.state + a.row(h, j) : nullptr;
@@ -178,7 +179,7 @@ static __device__ void mem_finish(const mem_state_args & a, const int h, const i
     }
 }
 
-// the state of a query whose best entry is known
+// writes the state of a query whose best entry is known
 static __device__ void mem_take(const mem_state_args & a, const int h, const int j, const mem_best best) {
     auto value = [&](const int c) {
         float x[2];
@@ -202,14 +203,14 @@ static __device__ void mem_take(const mem_state_args & a, const int h, const int
     mem_finish(a, h, j, lse, 1.0f, value);
 }
 
-// the share of a block of the rows of a head
+// first and last row of the share of a block of the rows of a head
 static __device__ int2 mem_share(const mem_state_args & a, const int h) {
     const int64_t n = a.offset[h + 1] - a.offset[h];
     return { int(a.offset[h] + n*blockIdx.x/gridDim.x), int(a.offset[h] + n*(blockIdx.x + 1)/gridDim.x) };
 }
 
-// the sums of the groups of threads that have the columns c and c + 1 of NQ values in o, to o_sum [NQ][d_v]
-// one group after another, so that they are the same in every run
+// adds up o over the groups of threads, to o_sum [NQ][d_v]; a thread has the columns c and c + 1 of NQ values in o
+// one group after another, so that the sums are the same in every run
 template <int NQ>
 static __device__ void mem_sum_groups(const float (*o)[2], const int group, const int n_group, const int c, const int d_v, float * o_sum) {
     for (int g = 0; g < n_group; ++g) {
@@ -329,7 +330,7 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend(const mem_state
     }
 }
 
-// the shares of a query merged: gridDim is (queries of a KV head, KV heads)
+// merges the shares of a query: gridDim is (queries of a KV head, KV heads)
 static __global__ void mem_attend_merge(const mem_state_args a, const float * partial, const int n_share) {
     const int h = blockIdx.y;
     const int j = blockIdx.x;
@@ -373,7 +374,7 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_scan(const mem_state_a
 
     __shared__ float    q[NQ*MEM_MAX_EMBD];
     __shared__ float    s[NQ*MEM_TILE_ROWS];
-    __shared__ mem_best found[NQ];
+    __shared__ mem_best best_of[NQ];
 
     ggml_cuda_pdl_sync();
     mem_load_queries<NQ>(a, h, j0, q);
@@ -398,21 +399,21 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_scan(const mem_state_a
     if (warp < NQ) {
         best = mem_warp_best(best);
         if (lane == 0) {
-            found[warp] = best;
+            best_of[warp] = best;
         }
     }
     __syncthreads();
 
     for (int jq = 0; jq < NQ && j0 + jq < a.n_q(); ++jq) {
         if (!partial) {
-            mem_take(a, h, j0 + jq, found[jq]);
+            mem_take(a, h, j0 + jq, best_of[jq]);
         } else if (tid == 0) {
-            partial[(int64_t(h)*a.n_q() + j0 + jq)*gridDim.x + blockIdx.x] = found[jq];
+            partial[(int64_t(h)*a.n_q() + j0 + jq)*gridDim.x + blockIdx.x] = best_of[jq];
         }
     }
 }
 
-// the shares of a query merged: gridDim is (queries of a KV head, KV heads)
+// merges the shares of a query: gridDim is (queries of a KV head, KV heads)
 static __global__ void mem_scan_merge(const mem_state_args a, const mem_best * partial, const int n_share) {
     const int h = blockIdx.y;
     const int j = blockIdx.x;
@@ -427,7 +428,7 @@ static __global__ void mem_scan_merge(const mem_state_args a, const mem_best * p
 }
 
 //
-// search of lists: a block per query, gridDim is (queries of a KV head, KV heads)
+// search of lists: a block for each query, gridDim is (queries of a KV head, KV heads)
 //
 
 static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_state_args a) {
@@ -440,7 +441,7 @@ static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_stat
     const int j    = blockIdx.x;
 
     __shared__ float    q[MEM_MAX_EMBD];
-    __shared__ mem_best found[n_warp];
+    __shared__ mem_best best_of[n_warp];
     __shared__ float    score[MEM_MAX_LISTS];
 
     ggml_cuda_pdl_sync();
@@ -453,7 +454,7 @@ static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_stat
 
     mem_best best = { -INFINITY, -1 };
 
-    // 8 lanes per row, 4 rows at a time; all lanes return the best of the warp's rows from i0 to i1 - 1
+    // updates best by the rows i0 .. i1 - 1, in all lanes of a warp: 8 lanes read a row, so 4 rows at a time
     auto search = [&](const int i0, const int i1) {
         for (int i2 = i0; i2 < i1; i2 += WARP_SIZE/MEM_ROW_LANES) {
             const int i = min(i2 + lane/MEM_ROW_LANES, i1 - 1);
@@ -470,7 +471,7 @@ static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_stat
         mem_score<1>(a.type_list, a.list_key, a.nb_list, a.list_bias, list0, n_list, q, a.d_k, a.scale, score, 0);
         __syncthreads();
 
-        // every warp goes through the lists from the best on, and searches one of n_warp
+        // every warp goes through the lists, the best first, and searches every n_warp-th of them
         float bound = INFINITY;
         int   last  = -1;
         for (int k = 0; k < min(a.n_probe, n_list); ++k) {
@@ -494,19 +495,19 @@ static __global__ void __launch_bounds__(2*MEM_THREADS) mem_probe(const mem_stat
 
     best = mem_warp_best(best);
     if (lane == 0) {
-        found[warp] = best;
+        best_of[warp] = best;
     }
     __syncthreads();
 
-    best = found[0];
+    best = best_of[0];
     for (int i = 1; i < n_warp; ++i) {
-        best = mem_better(best, found[i]);
+        best = mem_better(best, best_of[i]);
     }
     mem_take(a, h, j, best);
 }
 
 //
-// attention over the top_k entries: a block per query, gridDim is (queries from j_first on, KV heads)
+// attention over the top_k entries: a block for each query, gridDim is (queries from j_first on, KV heads)
 //
 
 // an unsigned number with the order of a float
@@ -515,7 +516,7 @@ static __device__ __forceinline__ uint32_t mem_ordered(const float x) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// scores: [n_head_kv, gridDim.x, stride] to work with
+// scores: [n_head_kv, gridDim.x, stride], a work buffer
 static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_state_args a, const int j_first, float * scores, const int64_t stride) {
     constexpr int n_warp = MEM_THREADS/WARP_SIZE;
 
@@ -528,9 +529,9 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_s
     __shared__ float    q[MEM_MAX_EMBD];
     __shared__ float    o_sum[MEM_MAX_EMBD];
     __shared__ int      count[256];
-    __shared__ int2     warp_count[n_warp]; // entries above the k-th largest score, and with that score
+    __shared__ int2     warp_count[n_warp]; // x: entries above the k-th largest score; y: entries with just that score
     __shared__ uint32_t kth;
-    __shared__ int      n_kth;              // how many entries with just that score are taken
+    __shared__ int      n_kth;              // number of entries with just that score that are taken
     __shared__ int      chosen[MEM_MAX_TOP_K];
     __shared__ float    p[MEM_MAX_TOP_K];
 
@@ -544,7 +545,7 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_s
     float * s = scores + (int64_t(h)*gridDim.x + blockIdx.x)*stride;
     mem_score<1>(a.type_key, a.key, a.nb_key, a.bias, n0, n, q, a.d_k, a.scale, s, 0);
 
-    // radix select, from the highest byte on
+    // finds the k-th largest score by radix select, the highest byte first
     if (tid == 0) {
         kth   = 0;
         n_kth = k;
@@ -569,7 +570,7 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_s
         __syncthreads();
     }
 
-    // the chosen entries in the order of the table, each warp from its share of it
+    // chooses entries in the order of the table, each warp from its share of the table
     const int i_begin = int64_t(n)*warp/n_warp;
     const int i_end   = int64_t(n)*(warp + 1)/n_warp;
 
@@ -578,14 +579,14 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_s
         return uint2{ __ballot_sync(0xFFFFFFFF, i0 + lane < i_end && x > kth), __ballot_sync(0xFFFFFFFF, i0 + lane < i_end && x == kth) };
     };
 
-    int2 own = { 0, 0 };
+    int2 n_mine = { 0, 0 };
     for (int i0 = i_begin; i0 < i_end; i0 += WARP_SIZE) {
-        const uint2 found = ballots(i0);
-        own.x += __popc(found.x);
-        own.y += __popc(found.y);
+        const uint2 ballot = ballots(i0);
+        n_mine.x += __popc(ballot.x);
+        n_mine.y += __popc(ballot.y);
     }
     if (lane == 0) {
-        warp_count[warp] = own;
+        warp_count[warp] = n_mine;
     }
     __syncthreads();
 
@@ -595,16 +596,16 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_s
         before.y += warp_count[w].y;
     }
     for (int i0 = i_begin; i0 < i_end; i0 += WARP_SIZE) {
-        const uint2    found = ballots(i0);
+        const uint2    ballot = ballots(i0);
         const uint32_t lower = (1u << lane) - 1;
-        const int      rank  = before.y + __popc(found.y & lower);
-        const int      at    = before.x + __popc(found.x & lower) + min(rank, n_kth);
-        if (found.x >> lane & 1 || (found.y >> lane & 1 && rank < n_kth)) {
-            chosen[at] = n0 + i0 + lane;
-            p[at]      = s[i0 + lane];
+        const int      rank  = before.y + __popc(ballot.y & lower);
+        const int      pos   = before.x + __popc(ballot.x & lower) + min(rank, n_kth);
+        if (ballot.x >> lane & 1 || (ballot.y >> lane & 1 && rank < n_kth)) {
+            chosen[pos] = n0 + i0 + lane;
+            p[pos]      = s[i0 + lane];
         }
-        before.x += __popc(found.x);
-        before.y += __popc(found.y);
+        before.x += __popc(ballot.x);
+        before.y += __popc(ballot.y);
     }
     __syncthreads();
 
@@ -644,7 +645,7 @@ static __global__ void __launch_bounds__(MEM_THREADS) mem_attend_top(const mem_s
 }
 
 //
-// two states merged: a block per row
+// merges two states: a block for each row
 //
 
 static __global__ void mem_merge(const float * x, const float * y, float * dst, const int d_v) {

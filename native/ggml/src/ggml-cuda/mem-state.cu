@@ -1,4 +1,4 @@
-// GGML_OP_MEM_STATE on CUDA: what is launched; nothing leaves the device
+// GGML_OP_MEM_STATE on CUDA: the launches of its kernels; nothing leaves the device
 
 #include "mem-state.cuh"
 
@@ -6,7 +6,7 @@
 
 #include "mem-state-kernels.cuh"
 
-// of the scores of tokens, in floats
+// size of the buffer for the scores of tokens, in floats
 static constexpr int64_t MEM_MAX_SCORES = 16*1024*1024;
 
 static mem_state_args mem_get_args(const ggml_tensor * dst) {
@@ -60,7 +60,7 @@ static mem_state_args mem_get_args(const ggml_tensor * dst) {
     return a;
 }
 
-// calls f with how many queries a block takes
+// calls f with the number of queries of a block
 template <typename F>
 static void mem_by_queries(const int n_q, F f) {
     if (n_q >= 8) {
@@ -89,7 +89,7 @@ void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     const dim3 grid_q(a.n_q(), a.n_head_kv);
 
     if (a.kind == GGML_MEM_TOKEN) {
-        // some queries at a time, because their scores take memory
+        // a part of the queries at a time, because their scores take memory
         const int64_t n_row  = dst->src[2]->ne[1];
         const int     n_turn = std::clamp<int64_t>(MEM_MAX_SCORES/(a.n_head_kv*n_row), 1, a.n_q());
         ggml_cuda_pool_alloc<float> scores(ctx.pool(), int64_t(a.n_head_kv)*n_turn*n_row);
@@ -105,7 +105,7 @@ void ggml_cuda_op_mem_state(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     }
 
     mem_by_queries(a.n_q(), [&](auto nq) {
-        // few queries: the rows are shared out, so that the device is busy
+        // few queries: several blocks share the rows, so that the device is busy
         const int n_block = (a.n_q() + nq - 1)/nq;
         const int n_sm    = ggml_cuda_info().devices[ctx.device].nsm;
         const int n_max   = ggml_get_op_params_i32(dst, 6);

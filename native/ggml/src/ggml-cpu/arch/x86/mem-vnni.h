@@ -1,30 +1,25 @@
 // Rows of Q8_0 by few queries or weights, on CPUs that multiply and add bytes in one instruction
 //
-// A query or weight becomes an integer of three bytes, b0 + 256*b1 + 256^2*b2, and loses less than 2^-23 of the largest, as in F32.
-// Each byte has a sum of its own, which is exact, and each row or column has a lane. One factor of a product is unsigned: rows have
-// 128 added to them, and sums begin with what that adds, negated.
+// A query or weight becomes an integer of three bytes, b0 + 256*b1 + 256^2*b2. It loses less than 2^-23 of the largest one, as F32
+// does. The products with each of the three bytes have a sum of their own, which is exact, and each row or column has a lane. One
+// factor of a product is unsigned: 128 is added to rows, and a sum begins with the negative of what this adds to it.
 //
-// Meanwhile the next tile is fetched, a part at a time: of too many requests at once some are dropped.
+// While a tile is computed, the next one is fetched part by part: the CPU drops requests if too many come at once.
 #pragma once
-
-#include "mem-rows.h"
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define MEM_VNNI
 
 constexpr int MEM_BYTES = 3;
 
-// as many rows or numbers at a time
+// rows or numbers in a vector
 constexpr int MEM_LANES = 16;
 
-// N numbers in bytes
+// N numbers in three bytes each
 template <int64_t N>
 struct mem_bytes {
-    int8_t  y[N/4][4][4]; // of each four byte 0, byte 1 ..
-    int32_t begin[4];     // of the sums over products with y
-    float   unit;
+    int8_t  y[N/4][4][4]; // of each four numbers: their bytes 0, bytes 1, bytes 2, and four that are not used
+    int32_t begin[4];     // by byte: what a sum of products begins with
+    float   unit;         // a number is its integer times the unit
 
-    // f(i) has MEM_LANES of the numbers
+    // f(i) gives the numbers i .. i + MEM_LANES - 1
     template <typename F>
     void set(F f) {
         __m512 top = _mm512_set1_ps(1e-30f); // has an inverse
@@ -48,7 +43,7 @@ struct mem_bytes {
         unit = max/0x7f7f00;
     }
 
-    // those of the four from i on, to all lanes
+    // one byte of each of the numbers i .. i + 3, in all lanes
     __m512i four(int64_t i, int byte) const {
         int32_t x;
         memcpy(&x, y[i/4][byte], sizeof(x));
@@ -56,16 +51,18 @@ struct mem_bytes {
     }
 };
 
+// to each byte
 static inline __m512i mem_add_128(__m512i x) {
     return _mm512_xor_si512(x, _mm512_set1_epi8(-128));
 }
 
+// x[0] + 256*x[1] + 256^2*x[2]
 static inline __m512 mem_sum_bytes(const __m512i * x) {
     const __m512i low = _mm512_add_epi32(x[0], _mm512_slli_epi32(x[1], 8));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(x[2]), _mm512_set1_ps(0x10000), _mm512_cvtepi32_ps(low));
 }
 
-// the scales of blocks
+// the scales of the blocks block(0) .. block(MEM_LANES - 1)
 template <typename F>
 static inline __m512 mem_scales(F block) {
     ggml_fp16_t d[MEM_LANES];
@@ -77,7 +74,7 @@ static inline __m512 mem_scales(F block) {
 
 using mem_query_block = mem_bytes<QK8_0>;
 
-// 16 bytes of each row, with 128 added, to four of each at a time
+// row(r) are 16 bytes of row r; y[i] gets the bytes 4*i .. 4*i + 3 of all rows, with 128 added
 template <typename F>
 static inline void mem_transpose(F row, __m512i * y) {
     __m512i x[4];
@@ -144,7 +141,8 @@ static void mem_dot_vnni(int64_t n, int64_t d, const char * k, size_t row_size, 
     }
 }
 
-// o[j] += sum_i s[j*MEM_TILE_ROWS + i]*v[i] for n rows of size d, one tile at most, and NQ queries, 4 at most; s is 0 behind n
+// o[j] += sum_i s[j*MEM_TILE_ROWS + i]*v[i] for n rows of size d, one tile at most, and NQ queries, 4 at most
+// the weights behind n are 0
 template <int NQ>
 static void mem_weigh_vnni(int64_t n, int64_t d, const float * s, const char * v, size_t row_size, float * o) {
     const block_q8_0 * row[MEM_TILE_ROWS];
@@ -198,4 +196,38 @@ static void mem_weigh_vnni(int64_t n, int64_t d, const float * s, const char * v
         columns([](__m256i x, __m256i y) { return _mm256_unpackhi_epi8(x, y); }, o + c*QK8_0 + 8); // and those from 24 on
     }
 }
-#endif
+
+struct mem_kernels_vnni : mem_kernels_avx512 {
+    static void prepare(const ggml_tensor * key, const float * q, int64_t n_q, float * work) {
+        static_assert(MEM_GEMM_MIN_QUERIES*sizeof(mem_query_block) <= MEM_TURN_ROWS*QK8_0*sizeof(float), "no room");
+        if (key->type == GGML_TYPE_Q8_0) {
+            for (int64_t i = 0; i < n_q*key->ne[0]; i += QK8_0) {
+                ((mem_query_block *) work)[i/QK8_0].set([&](int64_t c) { return _mm512_loadu_ps(q + i + c); });
+            }
+        }
+    }
+
+    static void dot(const ggml_tensor * key, int64_t i0, int64_t n, const float * q, int64_t n_q, const float * work, float * s) {
+        if (key->type != GGML_TYPE_Q8_0) {
+            mem_kernels_avx512::dot(key, i0, n, q, n_q, work, s);
+            return;
+        }
+        const int64_t d = key->ne[0];
+        const char * rows = (const char *) key->data + i0*key->nb[1];
+        mem_by_four(n_q, [&](auto nq, int64_t j) {
+            mem_dot_vnni<nq>(n, d, rows, key->nb[1], (const mem_query_block *) work + j*d/QK8_0, s + j*MEM_TILE_ROWS);
+        });
+    }
+
+    static void weigh(const ggml_tensor * value, int64_t i0, int64_t n, const float * s, int64_t n_q, float * o) {
+        if (value->type != GGML_TYPE_Q8_0) {
+            mem_kernels_avx512::weigh(value, i0, n, s, n_q, o);
+            return;
+        }
+        const int64_t d = value->ne[0];
+        const char * rows = (const char *) value->data + i0*value->nb[1];
+        mem_by_four(n_q, [&](auto nq, int64_t j) {
+            mem_weigh_vnni<nq>(n, d, s + j*MEM_TILE_ROWS, rows, value->nb[1], o + j*d);
+        });
+    }
+};
