@@ -13,13 +13,14 @@ from .capture import Packed, spread
 from .entries.head import HeadEntries, fits_eight_bit
 from .entries.residual import Residual
 from .entries.target import Target, segment_targets
-from .fidelity import held_out_fidelity
+from .fidelity import Judge
 from .fit import join, later_positions, segment_head
 from .job import Build
 from .memory_state import Converted, head_entries, memory_state, segment_states
 from .state import State, merge
 
 ENTRIES = 1024  # entries per KV head, at most
+FIT_TOKENS = 4096  # tokens of traces that tables are fitted to, at most: this bounds what an attempt costs
 QUERIES_PER_ENTRY = 4  # an entry made from fewer queries tells little about the next one
 CARRIED = 0.5  # the heads that get tables carry this share of the KL that the anchors leave: the others have little to gain
 PAYS = 0.8  # tables stay if they leave at most this share of the KL: builds with different seeds differ by up to 10 %
@@ -28,18 +29,20 @@ NOISE = 0.001  # nats; below this KL a difference of a fifth is noise
 
 def add_tables(build: Build, memory: Memory) -> Memory:
     """The memory with tables if they pay on held-out traces, else the same memory. Says which it is, and why."""
-    n = min(ENTRIES, build.n_group * sum(map(len, build.traces.windows)) // QUERIES_PER_ENTRY)
+    n_tokens = min(FIT_TOKENS, sum(map(len, build.traces.windows)))
+    n = min(ENTRIES, build.n_group * n_tokens // QUERIES_PER_ENTRY)
     if not build.traces.held_out or n == 0:
         build.progress.say("lookup tables: left out, as there are too few traces to hold some out and judge tables by them")
         return memory
     with build.progress.stage("tables", 2 * build.model.spec.block_count) as step, torch.no_grad():
-        before = _held_out_kl(build, memory)
+        judge = Judge(build.model, build.kv, build.traces.held_out)
+        before = judge.kl(memory)
         if before < NOISE:
             build.progress.say(f"lookup tables: left out, as the KL on held-out traces is {before:.4f} without them")
             return memory
         heads = heads_to_correct(build, memory, step)
         tabled = with_residuals(build, memory, heads, n, step)
-        after = _held_out_kl(build, tabled)
+        after = judge.kl(tabled)
     tables = f"tables of {n} entries in {len(heads)} KV heads"
     if after > PAYS * before:
         build.progress.say(f"{tables} do not pay: KL on held-out traces {before:.4f} without and {after:.4f} with them; left out")
@@ -48,10 +51,6 @@ def add_tables(build: Build, memory: Memory) -> Memory:
     build.progress.say(f"{tables} lower the KL on held-out traces from {before:.4f} to {after:.4f}: added, {megabytes:.1f} MB")
     tabled.build["plan"] = f"{memory.build['plan']}, and {tables}"
     return tabled
-
-
-def _held_out_kl(build: Build, memory: Memory) -> float:
-    return held_out_fidelity(build.model, build.kv, memory, build.traces.held_out)["kl_mean"]
 
 
 def heads_to_correct(build: Build, memory: Memory, progress: Callable[[int], None]) -> list[HeadId]:
@@ -94,7 +93,7 @@ def with_residuals(build: Build, memory: Memory, heads: list[HeadId], n: int, pr
         progress(1)
         return memory_state(tabled, il, build.model.to_gguf_order(target.q))
 
-    windows = build.traces.windows
+    windows = spread(build.traces.windows, FIT_TOKENS)
     Packed(build.kv, windows, visit, later_positions(len(windows), build.seed)).run(build.model, logits_to_keep=1)
     return tabled
 
