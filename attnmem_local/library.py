@@ -208,10 +208,11 @@ class Header:
 
         try:
             content = read_content(path, mapped=True)
-            keys = GGUFFile(content).keys
+            file = GGUFFile(content)
+            file.read_keys()
         except MemoryRefused as error:
             raise type(error)(str(error) if str(path) in str(error) else f"'{path}': {error}") from None
-        tokens, model = (value.value if (value := keys.get(key)) else None for key in (TOKENS_KEY, MODEL_KEY))
+        tokens, model = (value.value if (value := file.keys.get(key)) else None for key in (TOKENS_KEY, MODEL_KEY))
         is_file_name = isinstance(model, str) and model != ".." and Path(model).name == model  # an untrusted file may hold any path
         return cls(path, len(content), np.size(tokens) if tokens is not None else 0, str(model) if is_file_name else None)
 
