@@ -83,7 +83,7 @@ def test_what_cannot_be_typed(line):
 
 
 @pytest.mark.slow
-def test_the_commands_of_readme_work(tiny, tmp_path, monkeypatch):
+def test_the_commands_of_readme_work(tiny, one_thread, tmp_path, monkeypatch):
     home, model = tmp_path / "home", tmp_path / "models/mine.Q4_K_M.gguf"
     for path in (home / "models" / DEFAULT_MODEL.name, model):
         path.parent.mkdir(parents=True)
