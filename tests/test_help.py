@@ -15,7 +15,7 @@ from helpers.paths import ROOT
 from attnmem_local.cli import main
 from attnmem_local.library import DEFAULT_MODEL
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "models/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "models/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 USE = re.search(r"^## Use\n(.*?)^## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
 OF_BUILD_SH = {"--cuda"}
 HEAVY = {"torch", "transformers", "llama_cpp", "numpy", "gguf", "rich", "prompt_toolkit", "jinja2"}
