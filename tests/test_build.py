@@ -86,6 +86,7 @@ class Told(Progress):
         super().expect(n_written, seconds)
 
 
+@pytest.mark.slow
 def test_a_build_says_what_it_will_take_before_the_work_begins(tiny):
     told = Told()
     build_memory(tiny.model, SYSTEM, share=0.5, progress=told)
@@ -116,7 +117,7 @@ def test_a_size_that_is_too_small_is_told_before_the_work(tiny, tmp_path):
     progress = Progress(quiet=True)
     with pytest.raises(ValueError, match="1 bytes are too few .* the least is"):
         build_memory(tiny.model, SYSTEM, tmp_path / "x.gguf", nbytes=1, progress=progress)
-    assert set(progress.seconds) == {"load model"}
+    assert set(progress.seconds) <= {"load model"}
 
 
 def test_a_build_without_a_window_of_self_study_is_refused(tiny):

@@ -35,6 +35,7 @@ def error(target, state) -> float:
     return float(target.error(state).square().mean())
 
 
+@pytest.mark.slow
 def test_each_step_of_the_fit_lowers_the_error(head):
     """Chosen keys as they are, fitted in closed form, tuned: each is better, and all keys are exact."""
     target, k, v, scale = head
@@ -48,6 +49,7 @@ def test_each_step_of_the_fit_lowers_the_error(head):
     assert error(target, anchor_state(exact_anchors(k, v), target.q, scale)) < 1e-6 < errors[-1]
 
 
+@pytest.mark.slow
 def test_tuning_to_few_queries_is_not_trusted(head):
     target, k, v, scale = head
     few = target[:160]
@@ -57,6 +59,7 @@ def test_tuning_to_few_queries_is_not_trusted(head):
     assert errors[1] <= errors[0]
 
 
+@pytest.mark.slow
 def test_a_tangent_is_a_lower_bound_that_touches_at_its_centroid(head):
     target, k, _, scale = head
     entries = tangent_entries(target.q[:50], target.o[:50], k, scale)
@@ -65,6 +68,7 @@ def test_a_tangent_is_a_lower_bound_that_touches_at_its_centroid(head):
     assert torch.allclose(bound[:50].diagonal(), target.lse[:50], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_residuals_mend_the_anchors(head):
     target, k, v, scale = head
     chosen = rms_attention(target, k, 8, scale)
@@ -75,6 +79,7 @@ def test_residuals_mend_the_anchors(head):
     assert error(target, mended) < 0.8 * error(target, anchors)
 
 
+@pytest.mark.slow
 def test_keys_of_8_bits_keep_the_scores_of_their_centers(head):
     target = head[0]
     center, group = cluster(target.q, 300, torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from attnmem_local.runtime.llama import MemoryLlama
 WINDOWS = np.random.default_rng(8).integers(300, 1024, (6, 64)).tolist()
 
 
+@pytest.mark.slow
 def test_exact_heads_of_long_prefixes_are_looked_up(tiny, monkeypatch):
     """The tokens with the largest logits are exact, and anchors stand for the rest."""
     monkeypatch.setattr(token, "LONG", 100)

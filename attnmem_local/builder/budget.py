@@ -107,7 +107,7 @@ class Curve:
         return float(np.exp(y[i] + slope * (math.log(n) - x[i])))
 
 
-Head = tuple[int, int, int]  # segment, layer, KV head
+HeadId = tuple[int, int, int]  # segment, layer, KV head
 
 
 def head_kl(target: Target, state: State, sensitivity: torch.Tensor, n_group: int) -> float:
@@ -116,7 +116,7 @@ def head_kl(target: Target, state: State, sensitivity: torch.Tensor, n_group: in
     return 0.5 * n_group * float((error @ sensitivity.to(error.device) * error).sum(-1).mean())
 
 
-def curves(build: Build, targets: list[Target], sensitivity: torch.Tensor, progress: Callable[[int], None]) -> dict[Head, Curve]:
+def curves(build: Build, targets: list[Target], sensitivity: torch.Tensor, progress: Callable[[int], None]) -> dict[HeadId, Curve]:
     """How the error of every head of the segments to fit falls with anchors, for the queries of this prefix.
 
     Every head is fitted with a few anchors on half of the queries and judged on the other half.
@@ -132,13 +132,13 @@ def curves(build: Build, targets: list[Target], sensitivity: torch.Tensor, progr
     def of_layer(il: int) -> list[Target]:
         return segment_targets(targets[il], kv.k[il], kv.v[il], offset, scale)
 
-    def parts(head: Head):
+    def parts(head: HeadId):
         s, il, h = head
         target = of_layer(il)[s].head(h)
         segment = slice(offset[s], offset[s + 1])
         return target[0::2].thinned(CHOICE_QUERIES), target[1::2], kv.k[il][h, segment], kv.v[il][h, segment]
 
-    result: dict[Head, Curve] = {}
+    result: dict[HeadId, Curve] = {}
     heads = itertools.product(range(build.model.spec.block_count), build.segments, range(build.model.spec.head_count_kv))
     for il, s, h in heads:
         fit, judge, k, v = parts((s, il, h))
@@ -159,7 +159,7 @@ def curves(build: Build, targets: list[Target], sensitivity: torch.Tensor, progr
     return result
 
 
-def split(curves: dict[Head, Curve], nbytes: int, cost: Callable[[int, int], int]) -> dict[Head, int]:
+def split(curves: dict[HeadId, Curve], nbytes: int, cost: Callable[[int, int], int]) -> dict[HeadId, int]:
     """The anchors of each head within a number of bytes; cost(n, n_tokens) gives the bytes of n anchors in a segment.
 
     Greedy over sizes: the step that lowers the KL most for its bytes comes first. A step may skip sizes, so that a head
@@ -174,7 +174,7 @@ def split(curves: dict[Head, Curve], nbytes: int, cost: Callable[[int, int], int
             f"{nbytes} bytes are too few for this model and prefix: the least is {need}; give a larger --share or --bytes"
         )
 
-    def best(head: Head):
+    def best(head: HeadId):
         curve, now = curves[head], anchors[head]
         steps = []
         for n in sizes[head]:

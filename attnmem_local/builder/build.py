@@ -75,7 +75,7 @@ def build_memory(
         size.check(build)
         if out is not None:
             check_space(out, size.total_bytes(build))
-    announce(build, size.anchor_bytes(build), size.entries or 0)
+    announce(build, size.anchor_bytes(build), size.entries or 0, size.anchors is None)
 
     with progress.stage("prefill", len(build.prefix.tokens)) as step:
         build.kv = prefill(model, build.prefix.tokens, progress=step)
@@ -97,10 +97,10 @@ def open_sources(build: Build, queries: Sequence[Query]) -> None:
         raise BadInput("there are no queries to build from; give traces, 'repeat' or 'self-study'")
 
 
-def announce(build: Build, anchor_bytes: int, n_entries: float) -> None:
-    """Say how long a build will take, before it starts. n_entries: looked-up entries per KV head, the mean over heads."""
+def announce(build: Build, anchor_bytes: int, n_entries: float, has_budget: bool = True) -> None:
+    """Say how long a build will take, before it starts. For the arguments see estimate_seconds."""
     with build.progress.stage("estimate"):
-        seconds = estimate_seconds(build, anchor_bytes, n_entries)
+        seconds = estimate_seconds(build, anchor_bytes, n_entries, has_budget)
     build.progress.expect(sum(n * length for n, length in (source.written for source in build.sources)), seconds)
 
 

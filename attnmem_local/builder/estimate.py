@@ -28,23 +28,24 @@ TRIAL_QUERIES = 512  # queries that a trial sorts into clusters
 BACKWARD = 3  # time of a pass with its gradient, divided by the time of a pass
 
 
-def estimate_seconds(build: Build, anchor_bytes: int, n_entries: float) -> float:
+def estimate_seconds(build: Build, anchor_bytes: int, n_entries: float, has_budget: bool) -> float:
     """Seconds that a build will take once the model is loaded.
 
-    anchor_bytes: of all segments to fit. n_entries: looked-up entries per KV head, the mean over heads.
+    anchor_bytes: of all segments to fit. n_entries: looked-up entries per KV head, the mean over heads. has_budget: whether
+    the build has to find out which head gets how many anchors.
     """
     spec, n_prefix = build.model.spec, len(build.prefix.tokens)
     n_live = sum(source.n_tokens for source in build.sources)
     token, step = _model_seconds(build.model, n_prefix, max([1, *(source.written[0] for source in build.sources)]))
-    passes = n_prefix + 2 * n_live  # prefill, the curves of the budget, the fit
-    if not is_cached(build.model):
+    passes = n_prefix + n_live * (2 if has_budget else 1)  # prefill, the curves of the budget, the fit
+    if has_budget and not is_cached(build.model):
         passes += BACKWARD * min(SENSITIVITY_TOKENS, n_live)
     seconds = token * passes + step * sum(source.written[1] for source in build.sources)
     if build.segments:
         n_heads = len(build.segments) * spec.block_count * spec.head_count_kv
         n_anchors = anchor_bytes / n_heads / head_bytes(spec, 1, 2, fits_eight_bit(spec))
         n_tokens = sum(build.segment_tokens()) // len(build.segments)
-        seconds += n_heads * _head_seconds(build.model, n_tokens, build.n_group * n_live, n_anchors, n_entries)
+        seconds += n_heads * _head_seconds(build.model, n_tokens, build.n_group * n_live, n_anchors, n_entries, has_budget)
     return seconds
 
 
@@ -67,7 +68,7 @@ def _model_seconds(model: BuildModel, n_prefix: int, windows: int) -> tuple[floa
     return _seconds(model, lambda: packed.run(model, logits_to_keep=1)) / TRIAL_TOKENS, writing
 
 
-def _head_seconds(model: BuildModel, n_tokens: int, n_q: int, n_anchors: float, n_entries: float) -> float:
+def _head_seconds(model: BuildModel, n_tokens: int, n_q: int, n_anchors: float, n_entries: float, has_budget: bool) -> float:
     """Seconds for one KV head of a segment of n_tokens, with n_q queries: its curve for the budget, its fit, its table."""
     spec = model.spec
     n = min(n_tokens, max(1, round(n_anchors))) if n_anchors else 0
@@ -81,8 +82,9 @@ def _head_seconds(model: BuildModel, n_tokens: int, n_q: int, n_anchors: float, 
         return fit_anchors(thinned, k[chosen], v[chosen], spec.scale)
 
     def once():
-        anchors = fitted(rms_attention(thinned, k, min(PROBE, n_tokens), spec.scale))
-        target.error(anchor_state(anchors, q, spec.scale))
+        if has_budget:
+            anchors = fitted(rms_attention(thinned, k, min(PROBE, n_tokens), spec.scale))
+            target.error(anchor_state(anchors, q, spec.scale))
         fitted(matching_pursuit(thinned, k, v, n, spec.scale))
 
     def tuned(steps: int):

@@ -10,8 +10,8 @@ from .entries.head import fits_eight_bit
 from .job import Build
 
 TABLES = ("centroid", "tangent")  # kinds of entries that can stand for a prefix without anchors
-SHARE = 1 / 8  # default and upper bound of the default: anchors per byte of the prefix's F16 KV cache
-READ = 1 / 20  # upper bound of the default, as a fraction of the weights at 4.5 bits each: see default_bytes
+SHARE = 1 / 8  # default size of the anchors, as a fraction of the prefix's F16 KV cache
+READ = 1 / 20  # upper bound on it, as a fraction of the weights at 4.5 bits each
 
 
 @dataclass(slots=True)
@@ -35,7 +35,6 @@ class Size:
             raise BadInput("give either a number of anchors per KV head (--anchors) or a size for all of them (--share, --bytes)")
         if self.anchors == 0 and not self.entries:
             raise BadInput("a memory without anchors and entries would be empty; add --entries, or give more --anchors")
-
         if self.table is not None and self.anchors != 0:
             raise BadInput("over anchors a table corrects them; choose its kind (--table) only without anchors (--anchors 0)")
         if self.table not in (None, *TABLES):
@@ -96,9 +95,9 @@ class Size:
 
 
 def default_bytes(kv_bytes: int, n_parameters: int) -> int:
-    """The default size of the anchors for a prefix with this F16 KV cache: a share of it, as long as tokens stay fast.
+    """The default size of the anchors for a prefix with this F16 KV cache: a share of it, up to a fraction of the weights.
 
-    Decoding is bound by memory bandwidth: a token reads the weights and the anchors, and takes as long as what it reads.
+    Decoding is bound by memory bandwidth, and a token reads the weights and the anchors. READ keeps it within about 5 %.
     """
     return int(min(SHARE * kv_bytes, READ * n_parameters * 4.5 / 8))
 

@@ -8,7 +8,7 @@ import torch
 
 from ..memory.entries import LayerMemory
 from ..memory.memory import Memory
-from .budget import TOKENS, Head, head_kl
+from .budget import TOKENS, HeadId, head_kl
 from .capture import Packed, spread
 from .entries.head import HeadEntries, fits_eight_bit
 from .entries.residual import Residual
@@ -16,13 +16,14 @@ from .entries.target import Target, segment_targets
 from .fidelity import held_out_fidelity
 from .fit import join, later_positions, segment_head
 from .job import Build
-from .memory_state import head_entries, memory_state, segment_states
+from .memory_state import Converted, head_entries, memory_state, segment_states
 from .state import State, merge
 
 ENTRIES = 1024  # entries per KV head, at most
 QUERIES_PER_ENTRY = 4  # an entry made from fewer queries tells little about the next one
-CARRIED = 0.9  # the heads that get tables carry this share of the KL that the anchors leave: the others have little to gain
+CARRIED = 0.5  # the heads that get tables carry this share of the KL that the anchors leave: the others have little to gain
 PAYS = 0.8  # tables stay if they leave at most this share of the KL: builds with different seeds differ by up to 10 %
+NOISE = 0.001  # nats; below this KL a difference of a fifth is noise
 
 
 def add_tables(build: Build, memory: Memory) -> Memory:
@@ -32,9 +33,13 @@ def add_tables(build: Build, memory: Memory) -> Memory:
         build.progress.say("lookup tables: left out, as there are too few traces to hold some out and judge tables by them")
         return memory
     with build.progress.stage("tables", 2 * build.model.spec.block_count) as step, torch.no_grad():
+        before = _held_out_kl(build, memory)
+        if before < NOISE:
+            build.progress.say(f"lookup tables: left out, as the KL on held-out traces is {before:.4f} without them")
+            return memory
         heads = heads_to_correct(build, memory, step)
         tabled = with_residuals(build, memory, heads, n, step)
-        before, after = (held_out_fidelity(build.model, build.kv, m, build.traces.held_out)["kl_mean"] for m in (memory, tabled))
+        after = _held_out_kl(build, tabled)
     tables = f"tables of {n} entries in {len(heads)} KV heads"
     if after > PAYS * before:
         build.progress.say(f"{tables} do not pay: KL on held-out traces {before:.4f} without and {after:.4f} with them; left out")
@@ -45,17 +50,22 @@ def add_tables(build: Build, memory: Memory) -> Memory:
     return tabled
 
 
-def heads_to_correct(build: Build, memory: Memory, progress: Callable[[int], None]) -> list[Head]:
+def _held_out_kl(build: Build, memory: Memory) -> float:
+    return held_out_fidelity(build.model, build.kv, memory, build.traces.held_out)["kl_mean"]
+
+
+def heads_to_correct(build: Build, memory: Memory, progress: Callable[[int], None]) -> list[HeadId]:
     """The KV heads that carry most of the KL that the anchors leave on traces."""
     assert build.sensitivity is not None
     sensitivity, kl = build.sensitivity, {}
+    converted: Converted = {}
 
     def visit(il: int, target: Target) -> State:
         for s, h, part in _fitted_heads(build, memory, il, target):
-            state = reduce(merge, segment_states(memory, s, il, h, build.model.to_gguf_order(part.q), {}))
+            state = reduce(merge, segment_states(memory, s, il, h, build.model.to_gguf_order(part.q), converted))
             kl[s, il, h] = head_kl(part, state, sensitivity[il, h], build.n_group)
         progress(1)
-        return memory_state(memory, il, build.model.to_gguf_order(target.q))
+        return memory_state(memory, il, build.model.to_gguf_order(target.q), converted)
 
     Packed(build.kv, spread(build.traces.windows, TOKENS), visit).run(build.model, logits_to_keep=1)
     heads, left = [], CARRIED * sum(kl.values())
@@ -66,7 +76,7 @@ def heads_to_correct(build: Build, memory: Memory, progress: Callable[[int], Non
     return heads
 
 
-def with_residuals(build: Build, memory: Memory, heads: list[Head], n: int, progress: Callable[[int], None]) -> Memory:
+def with_residuals(build: Build, memory: Memory, heads: list[HeadId], n: int, progress: Callable[[int], None]) -> Memory:
     """The memory with n residual entries in some of its heads, fitted layer by layer to the queries of the traces."""
     kind = Residual()
     tabled = replace(memory, layers=[dict(layers) for layers in memory.layers], build=dict(memory.build), fidelity={})

@@ -75,7 +75,7 @@ def update_memory(
         entries, table = looked_up(old)
         if nbytes:
             check_bytes(build, nbytes)
-    announce(build, nbytes, entries.mean())
+    announce(build, nbytes, entries.mean(), nbytes > 0)
 
     with progress.stage("prefill", len(prefix.tokens)) as step:
         build.kv = prefill(model, prefix.tokens, progress=step)
