@@ -20,14 +20,7 @@ class TooLong(BadInput):
 
 def open_llama(model: Path, memories: tuple[Path, ...], n_ctx: int, n_threads: int | None = None) -> MemoryLlama:
     """A model with memories attached. Raises BadInput, which names the file that is wrong."""
-    try:
-        llama = MemoryLlama(str(model), n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
-    except AttnmemError:
-        raise
-    except ValueError as error:
-        if "llama_context" in str(error):
-            raise BadInput(f"there is no room for a context of {n_ctx} tokens; choose a smaller --ctx") from None
-        raise BadInput(f"the model '{model}' cannot be loaded: it is damaged, or not known to this llama.cpp") from None
+    llama = MemoryLlama(str(model), n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
     for path in memories:
         try:
             llama.attach(path)

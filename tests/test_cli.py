@@ -8,7 +8,6 @@ import sys
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner
 from helpers.paths import ROOT
 from test_runtime import chat_memory
@@ -18,6 +17,8 @@ from attnmem_local.cli import main
 from attnmem_local.cli.common import Number
 from attnmem_local.library import DEFAULT_MODEL
 from attnmem_local.memory.memory import Memory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HANDBOOK = "Our shop sells tea. Green tea costs 4 euros, black tea costs 3 euros. We open at nine and close at six. " * 3
 FIDELITY = {"kl_mean", "kl_median", "top1", "nll_full", "nll_memory", "nll_none"}
@@ -54,15 +55,6 @@ def home(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTNMEM_HOME", str(home))
         yield home
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer than the work on a tiny model."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from helpers.paths import ROOT
 from attnmem_local.cli import main
 from attnmem_local.library import DEFAULT_MODEL
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "models/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "models/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 USE = re.search(r"^## Use\n(.*?)^## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
 OF_BUILD_SH = {"--cuda"}
 HEAVY = {"torch", "transformers", "llama_cpp", "numpy", "gguf", "rich", "prompt_toolkit", "jinja2"}
@@ -83,7 +83,7 @@ def test_what_cannot_be_typed(line):
 
 
 @pytest.mark.slow
-def test_the_commands_of_readme_work(tiny, tmp_path, monkeypatch):
+def test_the_commands_of_readme_work(tiny, one_thread, tmp_path, monkeypatch):
     home, model = tmp_path / "home", tmp_path / "models/mine.Q4_K_M.gguf"
     for path in (home / "models" / DEFAULT_MODEL.name, model):
         path.parent.mkdir(parents=True)

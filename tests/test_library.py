@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
+from test_house import imports
 
 from attnmem_local import library
 from attnmem_local.library import Header, find_memory, find_model, link_model, memory_name, memory_path, model_of
 from attnmem_local.memory.errors import BadInput, MemoryRefused
+
+
+def test_it_needs_no_model_to_run():
+    libraries = {name.split(".")[0] for name in imports(Path(library.__file__))}
+    assert libraries - set(sys.stdlib_module_names) == {"attnmem_local", "numpy", "platformdirs"}
 
 
 @pytest.fixture

@@ -65,6 +65,8 @@ class MemoryLlama(llama_cpp.Llama):
                 super().__init__(model_path, **options)
         except jinja2.TemplateSyntaxError as error:
             raise BadInput(f"the chat template of '{model_path}' is broken: {error}, in line {error.lineno}") from None
+        except ValueError as error:
+            raise _refusal(error, model_path, options) from None
         loaded: LoadedFiles = _sibling._attachments.loaded if _sibling else WeakValueDictionary()
         self._attachments = Attachments(self._ctx, loaded, lookup, memory_mmap)
         self._tokenizer = GgufTokenizer(self._model)
@@ -277,6 +279,20 @@ def _several(memory: Sources) -> Iterable[Source | LoadedMemory]:
     if isinstance(memory, (str, bytes, os.PathLike, Memory, LoadedMemory)):
         return (memory,)
     return memory if isinstance(memory, Iterable) else (memory,)
+
+
+def _refusal(error: ValueError, model_path: str, options: dict) -> ValueError:
+    """What llama_cpp.Llama says when llama.cpp returns null, as a refusal that says what to do."""
+    if "Failed to load model" in str(error):
+        return BadInput(f"the model '{model_path}' cannot be loaded: it is damaged, or not known to this llama.cpp")
+    if "Failed to create llama_" in str(error):
+        cache = (
+            ", or a KV cache of another type: not every one fits every model" if "type_k" in options or "type_v" in options else ""
+        )
+        return BadInput(
+            f"there is no room for a context of {options.get('n_ctx', 512)} tokens; choose a smaller one (--ctx){cache}"
+        )
+    return error
 
 
 class _Closed:
