@@ -55,7 +55,7 @@ def test_build_from_chat_messages(tiny, tmp_path):
     built = build_memory(tiny.model, SYSTEM, out, share=0.5, windows=8)
     memory = Memory.load(out)
     assert memory.prefix_messages == SYSTEM and memory.prefix_tokens == built.prefix_tokens
-    assert memory.build["queries"] == "repeat, self-study"
+    assert memory.build["queries"] == "repeat, self-study" and memory.build["model"] == tiny.path.name
     assert memory.nbytes() < 0.55 * memory.kv_bytes()
     assert memory.fidelity["kl_mean"] < memory.fidelity["kl_none"]
     answer = MemoryLlama(str(tiny.path), memory=out, verbose=False).create_chat_completion(

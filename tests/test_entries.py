@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from attnmem_local.builder.capture import capture, prefill
+from attnmem_local.builder.entries import KINDS
 from attnmem_local.builder.entries.anchor import (
     anchor_state,
     exact_anchors,
@@ -19,6 +20,7 @@ from attnmem_local.builder.entries.head import join_heads
 from attnmem_local.builder.entries.residual import residual_entries
 from attnmem_local.builder.entries.tangent import tangent_entries
 from attnmem_local.builder.search.kmeans import cluster
+from attnmem_local.memory.entries import KINDS as FILE_KINDS
 from attnmem_local.memory.tables import rows
 
 
@@ -29,6 +31,11 @@ def head(default_build_model, readme_tokens):
     kv = prefill(model, tokens[:384])
     targets = capture(model, kv, [tokens[i : i + 256] for i in range(384, 384 + 3 * 256, 256)])
     return targets[7].head(2), kv.k[7][2], kv.v[7][2], model.spec.scale
+
+
+def test_every_kind_of_the_file_is_registered():
+    assert {kind.name for kind in KINDS} == {kind.name for kind in FILE_KINDS}
+    assert [kind.name for kind in KINDS if kind.corrects] == ["residual"]
 
 
 def error(target, state) -> float:

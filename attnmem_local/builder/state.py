@@ -1,4 +1,4 @@
-"""Attention states: the reference mathematics, in PyTorch.
+"""Attention states: the mathematics of a memory, in PyTorch.
 
 For one head, attention of a query q over a set of tokens is fully described by its state (o, lse):
     lse = log Σ_j exp(logit_j)          natural log, float32
@@ -20,8 +20,8 @@ def merge(a: State, b: State) -> State:
 
 
 def state_of_logits(logits: torch.Tensor, v: torch.Tensor) -> State:
-    """State from logits [..., n_q, n], which are overwritten, and values [..., n, d_v]."""
-    top = logits.detach().amax(-1, keepdim=True)  # any number would do: no gradient goes through it
+    """The state from logits [..., n_q, n], which are overwritten, and values [..., n, d_v]."""
+    top = logits.detach().amax(-1, keepdim=True)  # any number is right here, so it needs no gradient
     top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
     p = logits.sub_(top).exp_()
     z = p.sum(-1, keepdim=True)
@@ -30,7 +30,7 @@ def state_of_logits(logits: torch.Tensor, v: torch.Tensor) -> State:
 
 
 def exact_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block: int = 512) -> State:
-    """State of queries over keys and values, block by block: memory stays bounded however long the prefix.
+    """The state of queries over keys and values, block by block, so that memory stays bounded for any prefix.
 
     q [..., n_q, d_k], k [..., n, d_k], v [..., n, d_v]; leading dimensions are equal. Computed in the type of q.
     """
@@ -45,9 +45,9 @@ def exact_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 
 
 def causal_state(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor | None = None) -> State:
-    """State of n_q queries over n >= n_q keys of which the last n_q are the queries' own tokens.
+    """The state of n_q queries over n >= n_q keys. The last n_q keys belong to the same tokens as the queries.
 
-    hidden: bool [..., n_q, n], true where a key is not seen; if not given, the keys of later tokens.
+    hidden: bool [..., n_q, n], true where a key is masked.  [default: the keys of later tokens]
     """
     n_q, n = q.shape[-2], k.shape[-2]
     if hidden is None:
