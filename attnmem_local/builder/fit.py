@@ -3,11 +3,12 @@
 import math
 from importlib.metadata import version
 
+import numpy as np
 import torch
 
 from ..memory.entries import Entries, LayerMemory
 from ..memory.memory import Memory
-from .budget import Plan
+from .budget import Plan, head_kl
 from .capture import Packed
 from .entries import KINDS, counts
 from .entries.head import HeadEntries, join_heads, no_entries
@@ -52,14 +53,19 @@ def fit_memory(build: Build, plan: Plan) -> Memory:
         memory.build["model"] = build.model.file_name
     if build.sources:
         memory.build["queries"] = ", ".join(source.name for source in build.sources)
+    build.left_kl = np.zeros((build.model.spec.block_count, build.model.spec.head_count_kv))
     with build.progress.stage("fit", build.model.spec.block_count) as step, torch.no_grad():
 
         def visit(il: int, target: Target) -> State:
             targets = segment_targets(target, build.kv.k[il], build.kv.v[il], prefix.offset, build.model.spec.scale)
             for s in build.segments:
                 memory.layers[s][il] = fit_layer(build, plan, s, il, targets[s])
+            o, lse = memory_state(memory, il, build.model.to_gguf_order(target.q))
+            if build.sensitivity is not None:
+                for h, sensitivity in enumerate(build.sensitivity[il]):
+                    build.left_kl[il, h] = head_kl(target.head(h), (o[h], lse[h]), sensitivity, build.n_group)
             step(1)
-            return memory_state(memory, il, build.model.to_gguf_order(target.q))
+            return o, lse
 
         Packed(build.kv, windows, visit, later_positions(len(windows), build.seed)).run(build.model, logits_to_keep=1)
     return memory

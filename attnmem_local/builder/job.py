@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..memory.entries import LayerMemory
@@ -39,6 +40,7 @@ class Build:
     kv: PrefixKV = field(default_factory=PrefixKV)
     text: LiveText = field(default_factory=LiveText)  # of all sources
     traces: LiveText = field(default_factory=LiveText)  # of the real ones among them
+    left_kl: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # that the fit leaves, float [n_layer, n_head_kv]
     sensitivity: torch.Tensor | None = None  # float32 [n_layer, n_head_kv, d_v, d_v], see sensitivity.py
 
     @property

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import reduce
 
+import numpy as np
 import torch
 
 from ..memory.entries import LayerMemory
 from ..memory.memory import Memory
-from .budget import TOKENS, HeadId, head_kl
 from .capture import Packed, spread
 from .entries.head import HeadEntries, fits_eight_bit
 from .entries.residual import Residual
@@ -16,11 +15,12 @@ from .entries.target import Target, segment_targets
 from .fidelity import Judge
 from .fit import join, later_positions, segment_head
 from .job import Build
-from .memory_state import Converted, head_entries, memory_state, segment_states
-from .state import State, merge
+from .memory_state import head_entries, memory_state
+from .state import State
 
 ENTRIES = 1024  # entries per KV head, at most
-FIT_TOKENS = 4096  # tokens of traces that tables are fitted to, at most: this bounds what an attempt costs
+FIT_TOKENS = 2560  # tokens of traces that tables are fitted to, at most: this bounds what an attempt costs
+JUDGE_TOKENS = 1920  # tokens of held-out traces that tables are judged by, at most
 QUERIES_PER_ENTRY = 4  # an entry made from fewer queries tells little about the next one
 CARRIED = 0.5  # the heads that get tables carry this share of the KL that the anchors leave: the others have little to gain
 PAYS = 0.8  # tables stay if they leave at most this share of the KL: builds with different seeds differ by up to 10 %
@@ -34,13 +34,13 @@ def add_tables(build: Build, memory: Memory) -> Memory:
     if not build.traces.held_out or n == 0:
         build.progress.say("lookup tables: left out, as there are too few traces to hold some out and judge tables by them")
         return memory
-    with build.progress.stage("tables", 2 * build.model.spec.block_count) as step, torch.no_grad():
-        judge = Judge(build.model, build.kv, build.traces.held_out)
+    with build.progress.stage("tables", build.model.spec.block_count) as step, torch.no_grad():
+        judge = Judge(build.model, build.kv, spread(build.traces.held_out, JUDGE_TOKENS))
         before = judge.kl(memory)
         if before < NOISE:
             build.progress.say(f"lookup tables: left out, as the KL on held-out traces is {before:.4f} without them")
             return memory
-        heads = heads_to_correct(build, memory, step)
+        heads = heads_to_correct(build.left_kl)
         tabled = with_residuals(build, memory, heads, n, step)
         after = judge.kl(tabled)
     tables = f"tables of {n} entries in {len(heads)} KV heads"
@@ -53,29 +53,15 @@ def add_tables(build: Build, memory: Memory) -> Memory:
     return tabled
 
 
-def heads_to_correct(build: Build, memory: Memory, progress: Callable[[int], None]) -> list[HeadId]:
-    """The KV heads that carry most of the KL that the anchors leave on traces."""
-    assert build.sensitivity is not None
-    sensitivity, kl = build.sensitivity, {}
-    converted: Converted = {}
-
-    def visit(il: int, target: Target) -> State:
-        for s, h, part in _fitted_heads(build, memory, il, target):
-            state = reduce(merge, segment_states(memory, s, il, h, build.model.to_gguf_order(part.q), converted))
-            kl[s, il, h] = head_kl(part, state, sensitivity[il, h], build.n_group)
-        progress(1)
-        return memory_state(memory, il, build.model.to_gguf_order(target.q), converted)
-
-    Packed(build.kv, spread(build.traces.windows, TOKENS), visit).run(build.model, logits_to_keep=1)
-    heads, left = [], CARRIED * sum(kl.values())
-    for head in sorted(kl, key=lambda head: -kl[head]):
-        if left > 0:
-            heads.append(head)
-        left -= kl[head]
-    return heads
+def heads_to_correct(left_kl: np.ndarray) -> set[tuple[int, int]]:
+    """Layer and number of the KV heads that carry most of the KL that the anchors leave: float [n_layer, n_head_kv]."""
+    order = np.argsort(-left_kl, axis=None)
+    before = np.cumsum(left_kl.ravel()[order]) - left_kl.ravel()[order]
+    chosen = order[(before < CARRIED * left_kl.sum()) & (left_kl.ravel()[order] > 0)]
+    return {(int(i) // left_kl.shape[1], int(i) % left_kl.shape[1]) for i in chosen}
 
 
-def with_residuals(build: Build, memory: Memory, heads: list[HeadId], n: int, progress: Callable[[int], None]) -> Memory:
+def with_residuals(build: Build, memory: Memory, heads: set[tuple[int, int]], n: int, progress: Callable[[int], None]) -> Memory:
     """The memory with n residual entries in some of its heads, fitted layer by layer to the queries of the traces."""
     kind = Residual()
     tabled = replace(memory, layers=[dict(layers) for layers in memory.layers], build=dict(memory.build), fidelity={})
@@ -83,7 +69,7 @@ def with_residuals(build: Build, memory: Memory, heads: list[HeadId], n: int, pr
     def visit(il: int, target: Target) -> State:
         tables: dict[int, list[HeadEntries | None]] = {}
         for s, h, part in _fitted_heads(build, memory, il, target):
-            if (s, il, h) in heads:
+            if (il, h) in heads:
                 head = segment_head(build, s, il, h, part)
                 head.fitted["anchor"] = _anchors(build, memory.layers[s][il], h, part.q.device)
                 tables.setdefault(s, [None] * build.model.spec.head_count_kv)[h] = kind.fit(head, n)
