@@ -65,7 +65,7 @@ def test_a_memory_of_a_real_model_with_a_quantized_cache_is_as_exact_as_the_pref
 def test_heads_of_80_have_no_quantized_cache(tmp_path):
     """A block of 32 values would reach into the next head, so llama.cpp refuses the context."""
     tiny = Tiny(tmp_path, "llama", 80)
-    with pytest.raises(ValueError, match="llama_context"):
+    with pytest.raises(errors.BadInput, match="a KV cache of another type"):
         MemoryLlama(str(tiny.path), verbose=False, **cache("q8_0"))
 
 

@@ -559,8 +559,9 @@ def test_build_and_update_take_a_file_of_tools(files, tmp_path):
     out = tmp_path / "out.mem.gguf"
 
     def attnmem(command, *args):
-        before = [command, model] if command == "build" else [command, out, model]
-        return CliRunner().invoke(main, [*map(str, [*before, tmp_path / "handbook.md", "-o", out, "-q", "repeat", *args])])
+        before = [command] if command == "build" else [command, out]
+        options = ["-m", model, "-o", out, "-q", "repeat"]
+        return CliRunner().invoke(main, [*map(str, [*before, tmp_path / "handbook.md", *options, *args])])
 
     refused = attnmem("build", "--system", "--tools", tmp_path / "bad.json")
     assert refused.exit_code and "bad.json" in refused.output and "tools must be a JSON list" in " ".join(refused.output.split())
