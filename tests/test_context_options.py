@@ -49,6 +49,7 @@ def test_a_memory_with_a_quantized_cache_is_as_exact_as_the_prefix(head_dim, tmp
         assert kl(reference, log_probs(tiny.path, [], tiny.live, memory=memory, **options)).mean() < 1.5 * prefix_error < 0.1
 
 
+@pytest.mark.slow
 def test_a_memory_of_a_real_model_with_a_quantized_cache_is_as_exact_as_the_prefix(
     default_model, default_build_model, readme_tokens, tmp_path
 ):

@@ -6,6 +6,7 @@ from attnmem_local.evaluate.exactness import exactness
 from attnmem_local.evaluate.scorer import Scorer, kl
 
 
+@pytest.mark.slow
 def test_exact_memory_of_a_real_prefix(f32_model, readme_tokens):
     result = exactness(f32_model, readme_tokens[:1000], readme_tokens[1000:1256])
     assert result["kl_builder"] < 1e-5

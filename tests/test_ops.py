@@ -10,6 +10,8 @@ import llama_cpp
 import pytest
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow  # each test compiles a program
+
 LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
 NATIVE = Path(__file__).parent / "native"
 GGML = ROOT / "build/tree/vendor/llama.cpp/ggml"

@@ -33,6 +33,7 @@ def logits(model, out, **environment):
     return np.load(out)
 
 
+@pytest.mark.slow
 def test_bit_identical(default_model, tmp_path):
     if not STOCK.exists():
         pytest.skip("no stock build to compare with; ./build.sh test makes it")
