@@ -24,7 +24,7 @@ def demo() -> None:
     from rich.text import Text
 
     from ..builder.progress import Progress
-    from ..demo import ANCHORS, CENTROIDS, ENTRIES, FULL, NONE, QUESTIONS, run_demo
+    from ..demo import ANCHORS, ENTRIES, FULL, NONE, QUESTIONS, run_demo
 
     console = Console()
     start = time.monotonic()
@@ -44,9 +44,8 @@ def demo() -> None:
 
     table = Table("", *runs)
     nbytes = {FULL: memory.kv_bytes(), NONE: 0} | {name: m.nbytes() for name, m in result.memories.items()}
-    of = {FULL: " of KV", ANCHORS: " attended", CENTROIDS: " looked up", NONE: ""}
-    table.add_row("prefix tokens in the context", *(str(len(memory.prefix_tokens)) if name == FULL else "0" for name in runs))
-    table.add_row("bytes for the prefix", *(f"{nbytes[name] / 1e6:.1f} MB{of[name]}" if nbytes[name] else "0" for name in runs))
+    table.add_row("prefix tokens in context", *(str(len(memory.prefix_tokens)) if name == FULL else "0" for name in runs))
+    table.add_row("bytes for the prefix", *(f"{nbytes[name] / 1e6:.1f} MB" if nbytes[name] else "0" for name in runs))
     table.add_row("time to first token", *(f"{run.first_token:.2f} s" for run in runs.values()))
     table.add_row("ms per token", *(f"{run.ms_per_token:.1f}" for run in runs.values()))
     table.add_row("KL to the full prefix", *(f"{statistics.fmean(run.kl):.3f}" for run in runs.values()))
