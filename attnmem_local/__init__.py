@@ -3,7 +3,7 @@
     build_memory(model, prefix, out)   a prefix becomes a memory (needs the `build` extra)
     MemoryLlama(model, memory=out)     a llama_cpp.Llama that answers with it
 
-The wings of the house, and which may import which, are drawn in README.md and held by tests/test_house.py.
+README.md lists the rooms of the package; tests/test_house.py says which may import which.
 """
 
 from typing import TYPE_CHECKING

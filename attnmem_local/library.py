@@ -177,12 +177,13 @@ def model_of(memories: Sequence[Path], folder: bool = False) -> Path:
 
 def link_model(path: Path) -> None:
     """Let memories find a model by the name of its file, through a link in the models folder, unless that name is taken."""
-    if any((folder / path.name).exists() for folder in models_folders()):
-        return
     link = models_folders()[0] / path.name
-    with suppress(OSError):  # a file system without links: the user gives the model by -m
+    with suppress(OSError):  # a file system without links, or a folder that cannot be read: the user gives the model by -m
+        if any((folder / path.name).exists() for folder in models_folders()):
+            return
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)  # a link to a model that has moved
+        if link.is_symlink():  # to a model that has moved
+            link.unlink()
         link.symlink_to(path.resolve())
 
 
@@ -231,6 +232,6 @@ def models() -> Iterator[Path]:
     seen: set[str] = set()
     for folder in models_folders():
         for path in sorted(folder.glob(f"*{MODEL_SUFFIX}")):
-            if not path.name.endswith(MEMORY_SUFFIX) and path.name not in seen:
+            if path.is_file() and not path.name.endswith(MEMORY_SUFFIX) and path.name not in seen:  # no link to one that has moved
                 seen.add(path.name)
                 yield path

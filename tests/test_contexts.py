@@ -1,7 +1,10 @@
 """Several contexts that share one copy of the weights, and memories in RAM."""
 
+import gc
 import os
 import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from helpers.answers import ask, open_llama
 from attnmem_local.evaluate.scorer import Scorer, kl
 from attnmem_local.memory import errors
 from attnmem_local.memory.memory import Memory
+from attnmem_local.runtime.llama import MemoryLlama
 
 
 def rss() -> int:
@@ -141,3 +145,78 @@ def test_rewriting_gives_the_distribution_of_a_fresh_memory(tiny, one, two):
         changed.llama.memories[0].memory.rewrite(0, il, "anchor", 0, bias=layer.anchor.bias)
     fresh = Scorer(changed, memory=two, n_live=256)
     assert kl(fresh.log_probs(tiny.live), changed.log_probs(tiny.live)).max() < 1e-9
+
+
+def test_a_model_that_is_gone_from_its_path_has_new_contexts(tiny, monkeypatch, tmp_path):
+    monkeypatch.chdir(tiny.path.parent)
+    first = MemoryLlama(tiny.path.name, verbose=False)
+    monkeypatch.chdir(tmp_path)
+    second = first.new_context()
+    assert ask(second, tiny.live) == ask(first, tiny.live)
+    assert second.model_path == tiny.path.name  # what answers name
+
+
+def test_a_llama_that_was_refused_holds_no_weights_while_its_error_is_handled(tiny):
+    first = open_llama(tiny)
+    model = first._model
+    try:
+        first.new_context(memory=tiny.path)
+    except errors.MemoryRefused:
+        first.close()
+        assert model.model is None
+
+
+def test_closed_contexts_leave_nothing_with_the_model(tiny, one):
+    first = open_llama(tiny)
+    handles = []
+    for _ in range(3):
+        other = first.new_context(memory=one)
+        handles.append(weakref.ref(other.memories[0].memory))
+        context = weakref.ref(other._ctx)
+        other.close()
+        del other
+        gc.collect()
+        assert context() is None and handles[-1]() is None
+    assert len(first._model._exit_stack._functions) == 2  # the model, and the context of first
+
+
+def test_contexts_in_a_garbage_cycle_are_freed_before_their_model(tiny, one):
+    first = open_llama(tiny, one)
+    first.cycle = first.new_context(memory=one)
+    first.cycle.cycle = first
+    model = first._model
+    del first
+    gc.collect()
+    assert model.model is None
+
+
+@pytest.mark.parametrize(
+    ("first", "rows"),
+    [(0, np.ones(1, np.int32)), (2**64, np.zeros(1, np.float32)), (0, np.zeros(1, np.float64))],
+)
+def test_rows_of_another_type_or_beyond_any_table_are_refused(tiny, one, first, rows):
+    llama = open_llama(tiny, Memory.load(one))
+    loaded = llama.memories[0].memory
+    fingerprint = loaded.fingerprint
+    with pytest.raises(errors.Invalid):
+        loaded.rewrite(0, 0, "anchor", first, bias=rows)
+    with pytest.raises(TypeError):
+        loaded.rewrite(0, 0, "anchor", "x", bias=np.zeros(1, np.float32))
+    assert loaded.fingerprint == fingerprint
+
+
+def test_threads_load_attach_and_free_memories_of_one_model(tiny, one, two, answers):
+    base = open_llama(tiny)
+
+    def work(path):
+        llama = base.new_context()
+        for _ in range(20):
+            llama.attach(path)
+            llama.detach()
+        llama.attach(path)
+        answer = ask(llama, tiny.live)
+        llama.close()
+        return answer
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, [one, two] * 2)) == [answers[(one,)], answers[(two,)]] * 2

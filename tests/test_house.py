@@ -1,4 +1,4 @@
-"""The wings of the house: which room may import which."""
+"""Which room of the package may import which."""
 
 import ast
 from pathlib import Path

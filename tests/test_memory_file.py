@@ -2,6 +2,7 @@
 
 import copy
 import os
+import struct
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -408,3 +409,10 @@ def test_a_failed_write_keeps_the_old_file(tiny, good, monkeypatch):
         good.save(path)
     assert path.read_bytes() == before
     assert not list(path.parent.glob(".*.part"))
+
+
+def test_a_length_beyond_any_file_is_refused(llama, tmp_path):
+    """An array of two strings, the first of which claims 2^64 − 1 bytes."""
+    path = tmp_path / "long.mem.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<IIQQQ", 9, 8, 2, 2**64 - 1, 0))
+    refused_by_both(llama, path, errors.Truncated)

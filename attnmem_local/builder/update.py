@@ -61,6 +61,8 @@ def update_memory(
         model = model if isinstance(model, BuildModel) else load_model(model, device)
         if old.model != model.spec:
             raise WrongModel("the memory was built for another model; give that model, or build a new memory")
+        if not old.prefix_tokens:
+            raise BadInput("the memory stands for an empty prefix; build a new memory")
         if not isinstance(prefix, Prefix):
             is_chat = old.prefix_messages is not None
             prefix = read_prefix(

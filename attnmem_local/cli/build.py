@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..library import link_model, memories_folder, memory_name, memory_path, model_of
+from ..library import MEMORY_SUFFIX, link_model, memories_folder, memory_name, memory_path, model_of
 from ..memory.errors import BadInput
 from .common import (
     Number,
@@ -82,7 +82,7 @@ def _new_path(prefix: Path) -> Path:
     """Where the memory of a prefix goes if -o does not tell. Raises BadInput if a memory is there, perhaps of another prefix."""
     if not prefix.is_file():
         raise BadInput(f"'{prefix}' is not a regular file, whose name the memory could have; name the memory by -o")
-    path = memory_path(prefix.stem)
+    path = memories_folder() / f"{prefix.stem}{MEMORY_SUFFIX}"
     if path.exists():
         name = shlex.quote(prefix.stem)
         raise BadInput(f"there is a memory '{prefix.stem}' already; `-o {name}` replaces it, -o with another name keeps both")

@@ -182,7 +182,10 @@ memories_option = click.option(
     help="A memory, beside MEMORY or instead of it; may be given several times.",
 )
 threads_option = click.option(
-    "-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: half of the cores]"
+    "-t",
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    help="CPU threads.  [default: half of the cores, all of them for a prompt]",
 )
 ctx_option = click.option(
     "-c",

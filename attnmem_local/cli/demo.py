@@ -13,7 +13,7 @@ HANDBOOK = "build/tree/vendor/llama.cpp/tools/server/README.md"  # in the checko
 
 @click.command()
 def demo() -> None:
-    """Build a memory, use it, show what it saves.
+    """Build memories and show what they save.
 
     The prefix is a real handbook: the README of llama.cpp's server.
     """

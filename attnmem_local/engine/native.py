@@ -1,12 +1,13 @@
 """ctypes of the memory adapter API of the patched llama.cpp (include/llama.h, src/llama-ext.h), nothing else."""
 
 import ctypes
+import operator
 from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 
 import llama_cpp.llama_cpp as _llama_cpp
 import numpy as np
 
-from ..memory.errors import refusal
+from ..memory.errors import Invalid, refusal
 
 _ERROR_SIZE = 1024
 _lib = _llama_cpp._lib
@@ -92,6 +93,11 @@ def set_rows(handle: int, name: str, first: int, rows: np.ndarray) -> None:
     Raises MemoryRefused, changing nothing.
     """
     rows = np.ascontiguousarray(rows)
+    types = ("float32",) if name.endswith((".bias", ".lse")) else ("float16", "float32", "uint8")
+    if rows.dtype not in types:
+        raise Invalid(f"rows of '{name}' have type {rows.dtype}, expected {' or '.join(types)}")
+    if not 0 <= (first := operator.index(first)) < 2**63:
+        raise Invalid(f"'{name}' has no row {first}")
     error = ctypes.create_string_buffer(_ERROR_SIZE)
     if _lib.llama_adapter_mem_set_rows(handle, name.encode(), first, len(rows), rows.ctypes.data, rows.nbytes, error, _ERROR_SIZE):
         raise refusal(error.value.decode(errors="replace"))

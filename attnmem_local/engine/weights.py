@@ -1,20 +1,48 @@
 """Sharing one copy of a model's weights between contexts."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 from llama_cpp import Llama
 from llama_cpp import _internals as internals
-from llama_cpp._internals import LlamaModel
+from llama_cpp._internals import LlamaContext, LlamaModel
+
+
+class _Callbacks:
+    """What is called before a model is freed, the last one first. llama_cpp adds the close of each context."""
+
+    def __init__(self) -> None:
+        self._functions: list[Callable[[], None]] = []
+
+    def callback(self, function: Callable[[], None]) -> None:
+        self._functions.append(function)
+
+    def discard(self, function: Callable[[], None]) -> None:
+        if function in self._functions:
+            self._functions.remove(function)
+
+    def close(self) -> None:
+        while self._functions:
+            self._functions.pop()()
 
 
 class SharedModel(LlamaModel):
     """A loaded model with a reference count: it is freed when its last user closes it."""
 
     n_users = 1  # number of contexts that have not closed it
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        callbacks: Any = _Callbacks()
+        callbacks.callback(self._exit_stack.close)  # frees the model
+        self._exit_stack = callbacks
+
+    def forget(self, context: LlamaContext) -> None:
+        """Release a closed context, which llama_cpp would hold as long as the model."""
+        self._exit_stack.discard(context.close)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self.n_users -= 1

@@ -127,7 +127,7 @@ class GGUFFile:
         try:
             for _ in range(n):
                 end += 8 + unpack(self._content, end)[0]
-        except struct.error:  # beyond the end of the file, which _take reports
+        except (struct.error, OverflowError):  # beyond the end of the file, which _take reports
             end = len(self._content) + 1
         self._take(end - self._position)
 

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 import jinja2
 import llama_cpp
+from llama_cpp._internals import LlamaContext
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from ..engine.tokenizer import GgufTokenizer
@@ -42,7 +43,7 @@ class MemoryLlama(llama_cpp.Llama):
         change, and if it is truncated, the process is killed.
 
     All other parameters, completions, chat and streaming are as in llama_cpp.Llama. Live tokens begin at position 0, the prefix
-    is neither prefilled nor attended, and all of n_ctx is left to live tokens.
+    is neither prefilled nor in the KV cache, and all of n_ctx is left to live tokens.
     As with llama_cpp.Llama, concurrent use by two threads can crash the process: give each thread its own object, or use a lock.
     Pickling and copying load the model and the memories again from their files, and refuse memories that have changed.
     """
@@ -60,24 +61,22 @@ class MemoryLlama(llama_cpp.Llama):
         **options,
     ):
         check_lookup(lookup)
+        self._file = os.path.abspath(model_path)  # the same after os.chdir
         try:
             with weights_of(_sibling):
                 super().__init__(model_path, **options)
-        except jinja2.TemplateSyntaxError as error:
-            raise BadInput(f"the chat template of '{model_path}' is broken: {error}, in line {error.lineno}") from None
-        except ValueError as error:
-            raise _refusal(error, model_path, options) from None
-        loaded: LoadedFiles = _sibling._attachments.loaded if _sibling else WeakValueDictionary()
-        self._attachments = Attachments(self._ctx, loaded, lookup, memory_mmap)
-        self._tokenizer = GgufTokenizer(self._model)
-        if "chat_template.default" in self._chat_handlers and not (options.get("chat_format") or options.get("chat_handler")):
-            self.chat_format = "chat_template.default"  # the model's own template, which prefixes are rendered with
-        try:
+            loaded: LoadedFiles = _sibling._attachments.loaded if _sibling else WeakValueDictionary()
+            self._attachments = Attachments(self._ctx, loaded, lookup, memory_mmap)
+            self._tokenizer = GgufTokenizer(self._model)
+            if "chat_template.default" in self._chat_handlers and not (options.get("chat_format") or options.get("chat_handler")):
+                self.chat_format = "chat_template.default"  # the model's own template, which prefixes are rendered with
             for item in _several(memory):
                 self.attach(item)
-        except BaseException:
+        except BaseException as error:
             self.close()  # now, rather than when the traceback that refers to it is released
-            raise
+            if (refusal := _refusal(error, model_path, options)) is error:
+                raise
+            raise refusal from None
 
     def new_context(self, *, memory: Sources = None, **options) -> "MemoryLlama":
         """A MemoryLlama that shares the weights with this one, but has its own memories and live tokens.
@@ -88,7 +87,9 @@ class MemoryLlama(llama_cpp.Llama):
         if fixed := _OF_MODEL & options.keys():
             raise TypeError(f"{', '.join(sorted(fixed))} cannot differ between contexts of one model; create another MemoryLlama")
         state = super().__getstate__() | {"lookup": self.lookup, "memory_mmap": self._attachments.mapped} | options
-        return type(self)(**state, memory=memory, _sibling=self)
+        other = type(self)(**(state | {"model_path": self._file}), memory=memory, _sibling=self)
+        other.model_path = self.model_path  # which answers name
+        return other
 
     # attaching
 
@@ -266,10 +267,15 @@ class MemoryLlama(llama_cpp.Llama):
         """Free the model and the memories. Later use raises ValueError, also in streams that are still being read."""
         if not hasattr(self, "_stack"):  # __init__ was refused
             return
+        model: Any = getattr(self, "_model", None)  # __init__ may have failed before it set them
+        context, attachments = getattr(self, "_ctx", None), getattr(self, "_attachments", None)
         closed: Any = _Closed()
         self._ctx = self._model = self._batch = self.tokenizer_ = closed  # super() frees the originals, which _stack holds
         self._attachments = Attachments(closed, WeakValueDictionary())
         super().close()
+        if isinstance(context, LlamaContext):
+            model.forget(context)
+        del attachments  # only now: a memory is not freed while a context is attached to it
 
 
 def _several(memory: Sources) -> Iterable[Source | LoadedMemory]:
@@ -281,17 +287,20 @@ def _several(memory: Sources) -> Iterable[Source | LoadedMemory]:
     return memory if isinstance(memory, Iterable) else (memory,)
 
 
-def _refusal(error: ValueError, model_path: str, options: dict) -> ValueError:
-    """What llama_cpp.Llama says when llama.cpp returns null, as a refusal that says what to do."""
+def _refusal(error: BaseException, model_path: str, options: dict) -> BaseException:
+    """The same error, or what llama_cpp.Llama raises for bad input as a refusal that says what to do."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return BadInput(f"the chat template of '{model_path}' is broken: {error}, in line {error.lineno}")
+    if not isinstance(error, ValueError):
+        return error
+    if "Model path does not exist" in str(error):
+        return BadInput(f"there is no model at '{model_path}'")
     if "Failed to load model" in str(error):
         return BadInput(f"the model '{model_path}' cannot be loaded: it is damaged, or not known to this llama.cpp")
     if "Failed to create llama_" in str(error):
-        cache = (
-            ", or a KV cache of another type: not every one fits every model" if "type_k" in options or "type_v" in options else ""
-        )
-        return BadInput(
-            f"there is no room for a context of {options.get('n_ctx', 512)} tokens; choose a smaller one (--ctx){cache}"
-        )
+        cache = ", or a KV cache of another type: not every one fits every model" if {"type_k", "type_v"} & options.keys() else ""
+        n_ctx = options.get("n_ctx", 512)  # the default of llama_cpp.Llama
+        return BadInput(f"there is no room for a context of {n_ctx} tokens; choose a smaller one (--ctx){cache}")
     return error
 
 

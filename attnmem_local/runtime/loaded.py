@@ -12,7 +12,7 @@ from llama_cpp._internals import LlamaModel
 
 from ..engine import native
 from ..memory.content import read_content
-from ..memory.errors import BadInput, Invalid, MemoryRefused, Unreadable, Unsupported
+from ..memory.errors import BadInput, Invalid, Unreadable, Unsupported
 from ..memory.memory import Memory
 from ..memory.messages import parse_date, parse_messages, parse_tools
 from ..memory.prefix import Prefix
@@ -102,7 +102,7 @@ class LoadedMemory:
             self._fingerprint = hashlib.blake2b(edit).hexdigest()[:16]
             try:
                 native.set_rows(self.handle, tensor, first, rows)
-            except MemoryRefused:
+            except Exception:  # of a refusal; an interrupt may have come after the rows changed
                 self._fingerprint = before
                 raise
 

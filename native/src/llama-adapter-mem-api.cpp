@@ -9,11 +9,22 @@
 #include <cstdio>
 #include <exception>
 #include <memory>
+#include <mutex>
 
 static void mem_set_error(char * err, size_t err_size, const char * what) {
     LLAMA_LOG_ERROR("%s: %s\n", __func__, what);
     if (err && err_size > 0) {
         snprintf(err, err_size, "%s", what);
+    }
+}
+
+// guards the memories of all models and their use: contexts of one model may run in several threads
+static std::mutex mem_mutex;
+
+static void mem_delete_unused(const llama_adapter_mem * adapter) {
+    if (adapter->is_freed && adapter->n_attached == 0) {
+        adapter->model->mems.erase(const_cast<llama_adapter_mem *>(adapter));
+        delete adapter;
     }
 }
 
@@ -27,6 +38,7 @@ llama_adapter_mem * llama_adapter_mem_init(llama_model * model, void * data, siz
         return nullptr;
     }
 
+    std::lock_guard<std::mutex> lock(mem_mutex);
     model->mems.insert(adapter.get());
 
     return adapter.release();
@@ -36,12 +48,20 @@ void llama_adapter_mem_free(llama_adapter_mem * adapter) {
     if (adapter == nullptr) {
         return;
     }
-    if (adapter->n_attached > 0) {
-        LLAMA_LOG_ERROR("%s: the memory is still attached; it will be freed with the model\n", __func__);
-        return;
-    }
-    adapter->model->mems.erase(adapter);
-    delete adapter;
+    std::lock_guard<std::mutex> lock(mem_mutex);
+    adapter->is_freed = true;
+    mem_delete_unused(adapter);
+}
+
+void llama_adapter_mem_acquire(const llama_adapter_mem * adapter) {
+    std::lock_guard<std::mutex> lock(mem_mutex);
+    adapter->n_attached++;
+}
+
+void llama_adapter_mem_release(const llama_adapter_mem * adapter) {
+    std::lock_guard<std::mutex> lock(mem_mutex);
+    adapter->n_attached--;
+    mem_delete_unused(adapter);
 }
 
 int32_t llama_adapter_mem_meta_val_str(const llama_adapter_mem * adapter, const char * key, char * buf, size_t buf_size) {

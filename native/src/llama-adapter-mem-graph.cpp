@@ -1,4 +1,4 @@
-// how a memory reaches attention: the graph of softmax([live logits | memory logits])*[live values | memory values]
+// how a memory reaches attention: its state (o, lse) merges with flash attention, or joins the softmax as one more column
 
 #include "llama-adapter-mem.h"
 
@@ -12,7 +12,7 @@ static constexpr int32_t MEM_SEARCH_MIN_ENTRIES = 2048;
 // number of lists searched in a table of n entries, for a recall@1 of 0.98 (bench/speed/search.py)
 static int32_t mem_n_probe(int64_t n) { return n <= 16384 ? 12 : 16; }
 
-// undoes the rotation of a quantized KV cache
+// the query without the rotation that a quantized KV cache gives it
 static ggml_tensor * mem_unrotate(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k_rot) {
     return k_rot ? llama_mul_mat_hadamard(ctx, q, k_rot) : q;
 }

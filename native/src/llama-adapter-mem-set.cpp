@@ -25,7 +25,7 @@ llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapter
     }
     for (size_t i = 0; i < n_adapters; i++) {
         items.push_back({adapters[i], gains[i]});
-        adapters[i]->n_attached++;
+        llama_adapter_mem_acquire(adapters[i]);
         n_layer = std::max(n_layer, adapters[i]->layers.size());
     }
     layers_reached.resize(n_layer);
@@ -33,7 +33,7 @@ llama_adapter_mems::llama_adapter_mems(const llama_adapter_mem * const * adapter
 
 llama_adapter_mems::~llama_adapter_mems() {
     for (const auto & item : items) {
-        item.adapter->n_attached--;
+        llama_adapter_mem_release(item.adapter);
     }
 }
 

@@ -137,7 +137,9 @@ struct llama_adapter_mem {
 
     std::unordered_map<std::string, std::string> gguf_kv;
 
-    mutable int n_attached = 0; // contexts that use it
+    // several contexts, in several threads, may use it: see llama_adapter_mem_acquire
+    mutable int  n_attached = 0;
+    mutable bool is_freed   = false; // and is deleted with the last use
 
     explicit llama_adapter_mem(llama_model * model) : model(model) {}
     ~llama_adapter_mem() = default;
@@ -169,6 +171,10 @@ private:
     void place(mem_file & file, void * data, size_t size);
     void index_rows();
 };
+
+// counts the sets of memories that an adapter is in, for all threads; the last release deletes one that was freed meanwhile
+void llama_adapter_mem_acquire(const llama_adapter_mem * adapter);
+void llama_adapter_mem_release(const llama_adapter_mem * adapter);
 
 // the memories that are attached to a context
 struct llama_adapter_mems {
@@ -224,7 +230,7 @@ struct llama_adapter_mems {
     ggml_tensor * build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v_t,
                              ggml_tensor * kq_mask, float kq_scale, ggml_tensor * k_rot, ggml_tensor * v_rot, int il);
 
-    // the state by GGML_OP_MEM_STATE, for a q that is not rotated: one op for each table, and at most one more to merge
+    // the state by GGML_OP_MEM_STATE, for a q that is not rotated: one op for each table, and one more to merge a table of residuals
     ggml_tensor * build_state_op(ggml_context * ctx, ggml_tensor * q, float kq_scale, int il) const;
 
 private:
