@@ -7,10 +7,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from helpers.paths import ROOT
 from test_house import imports
 
 from attnmem_local import library
+from attnmem_local.cli import main
 from attnmem_local.library import Header, find_memory, find_model, link_model, memory_name, memory_path, model_of
 from attnmem_local.memory.errors import BadInput, MemoryRefused
 
@@ -171,3 +173,10 @@ def test_the_package_works_away_from_its_checkout(tiny, tmp_path):
     assert done.returncode == 0 and done.stdout, done.stderr
     demo = attnmem("demo")
     assert demo.returncode == 1 and "in a checkout" in demo.stderr and "Traceback" not in demo.stderr
+
+
+def test_a_link_to_a_model_that_has_moved_is_no_model(home):
+    (home / "models" / "gone.gguf").symlink_to(home / "elsewhere.gguf")
+    assert "gone.gguf" not in [path.name for path in library.models()]
+    result = CliRunner().invoke(main, ["list"])
+    assert result.exit_code == 0 and "gone" not in result.output

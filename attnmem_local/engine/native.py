@@ -96,7 +96,7 @@ def set_rows(handle: int, name: str, first: int, rows: np.ndarray) -> None:
     types = ("float32",) if name.endswith((".bias", ".lse")) else ("float16", "float32", "uint8")
     if rows.dtype not in types:
         raise Invalid(f"rows of '{name}' have type {rows.dtype}, expected {' or '.join(types)}")
-    if not 0 <= (first := operator.index(first)) < 2**63:
+    if abs(first := operator.index(first)) >= 2**63:
         raise Invalid(f"'{name}' has no row {first}")
     error = ctypes.create_string_buffer(_ERROR_SIZE)
     if _lib.llama_adapter_mem_set_rows(handle, name.encode(), first, len(rows), rows.ctypes.data, rows.nbytes, error, _ERROR_SIZE):
