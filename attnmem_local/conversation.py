@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .memory.errors import AttnmemError, BadInput, MemoryRefused
+from .memory.errors import AttnmemError, BadInput, MemoryRefused, naming
 from .runtime.llama import MemoryLlama
 
 OVERHEAD = 8  # tokens of a template around a message, roughly
@@ -25,7 +25,7 @@ def open_llama(model: Path, memories: tuple[Path, ...], n_ctx: int, n_threads: i
         try:
             llama.attach(path)
         except MemoryRefused as error:
-            raise type(error)(str(error) if str(path) in str(error) else f"'{path}': {error}") from None
+            raise naming(error, path) from None
     return llama
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import platformdirs
 
-from .memory.errors import AttnmemError, BadInput, MemoryRefused
+from .memory.errors import AttnmemError, BadInput, MemoryRefused, naming
 
 HOME_VARIABLE = "ATTNMEM_HOME"  # moves the folder of models and memories
 MEMORY_SUFFIX = ".mem.gguf"
@@ -212,7 +212,7 @@ class Header:
             file = GGUFFile(content)
             file.read_keys()
         except MemoryRefused as error:
-            raise type(error)(str(error) if str(path) in str(error) else f"'{path}': {error}") from None
+            raise naming(error, path) from None
         tokens, model = (value.value if (value := file.keys.get(key)) else None for key in (TOKENS_KEY, MODEL_KEY))
         is_file_name = isinstance(model, str) and model != ".." and Path(model).name == model  # an untrusted file may hold any path
         return cls(path, len(content), np.size(tokens) if tokens is not None else 0, str(model) if is_file_name else None)

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..memory.entries import LayerMemory
 from ..memory.errors import BadInput
 from ..memory.files import check_space
-from ..memory.memory import Memory
+from ..memory.memory import Memory, prefix_fields
 from ..memory.prefix import Prefix
 from ..prompt.prefix import chat_prefix, read_prefix
 from .capture import PrefixKV, prefill
@@ -126,8 +127,8 @@ def exact_memory(model: BuildModel, prefix: Prefix, kv: PrefixKV) -> Memory:
         il: LayerMemory(anchor=join_heads([exact_anchors(k, v) for k, v in zip(kv.k[il], kv.v[il])], model.to_gguf_order))
         for il in range(model.spec.block_count)
     }
-    offset = [0, len(prefix.tokens)]
-    return Memory(model.spec, prefix.tokens, prefix.text, [layers], offset, prefix.messages, prefix.tools, prefix.date)
+    whole = replace(prefix, offset=[0, len(prefix.tokens)])  # one segment, however many parts the prefix has
+    return Memory(model.spec, layers=[layers], **prefix_fields(whole))
 
 
 def _prefix(model: BuildModel, prefix, system: bool, tools: list[dict] | None) -> Prefix:

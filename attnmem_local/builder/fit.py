@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..memory.entries import Entries, LayerMemory
-from ..memory.memory import Memory
+from ..memory.memory import Memory, prefix_fields
 from .budget import Plan, head_kl
 from .capture import Packed
 from .entries import KINDS, counts
@@ -32,12 +32,7 @@ def fit_memory(build: Build, plan: Plan) -> Memory:
     prefix, windows = build.prefix, build.text.windows
     memory = Memory(
         model=build.model.spec,
-        prefix_tokens=prefix.tokens,
-        prefix_text=prefix.text,
-        prefix_messages=prefix.messages,
-        prefix_tools=prefix.tools,
-        prefix_date=prefix.date,
-        segment_offset=prefix.offset,
+        **prefix_fields(prefix),
         layers=[build.kept.get(s, {}) for s in range(len(prefix.offset) - 1)],
         token_top_k=TOP_K,
         build={

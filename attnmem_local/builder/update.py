@@ -12,7 +12,7 @@ import torch
 
 from ..memory.entries import KINDS, LayerMemory
 from ..memory.errors import BadInput, WrongModel
-from ..memory.memory import Memory
+from ..memory.memory import Memory, prefix_fields
 from ..memory.prefix import Prefix
 from ..memory.tables import quantize_rows, rows
 from ..memory.writer import tensors
@@ -89,12 +89,7 @@ def update_memory(
     else:  # parts were only left out
         result = replace(
             old,
-            prefix_tokens=prefix.tokens,
-            prefix_text=prefix.text,
-            prefix_messages=prefix.messages,
-            prefix_tools=prefix.tools,
-            prefix_date=prefix.date,
-            segment_offset=prefix.offset,
+            **prefix_fields(prefix),
             layers=[build.kept[s] for s in range(len(build.kept))],
             fidelity={},
         )

@@ -4,6 +4,8 @@ Every message says what is wrong, what was expected, and what to do. Messages of
 "<reason>: <explanation>"; the reason selects the exception.
 """
 
+import os
+
 
 class AttnmemError(Exception):
     """The base of all refusals."""
@@ -81,6 +83,11 @@ class StaleStream(MemoryRefused):
     """A stream cannot continue: the memories or live tokens it began with have changed."""
 
     reason = "stale_stream"
+
+
+def naming(error: MemoryRefused, path: str | os.PathLike) -> MemoryRefused:
+    """The same refusal with a message that names the file."""
+    return error if str(path) in str(error) else type(error)(f"'{path}': {error}")
 
 
 _BY_REASON = {cls.reason: cls for cls in MemoryRefused.__subclasses__()}

@@ -3,6 +3,7 @@
 import io
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -70,3 +71,15 @@ class Memory:
     def load(cls, path: str | os.PathLike) -> "Memory":
         """Read and check a file. Raises a MemoryRefused that says what is wrong with it."""
         return cls(**parse_memory(read_content(path)))
+
+
+def prefix_fields(prefix: Prefix) -> dict[str, Any]:
+    """The fields of a Memory that hold its prefix; Memory.prefix is the reverse."""
+    return {
+        "prefix_tokens": prefix.tokens,
+        "prefix_text": prefix.text,
+        "prefix_messages": prefix.messages,
+        "prefix_tools": prefix.tools,
+        "prefix_date": prefix.date,
+        "segment_offset": prefix.offset,
+    }
